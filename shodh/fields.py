@@ -1,0 +1,110 @@
+"""What flows through Shodh: grids, field and domain specifications, batches.
+
+Axis legend, used in every shape annotation and einops pattern:
+``b`` batch, ``t`` time, ``f`` field component, ``x y z`` space, ``c`` latent channel, ``n`` token, ``d`` width,
+``h`` head, ``e`` expert, ``q`` physical parameter.
+
+Grids are staggered (marker and cell). Every array has the cell box's shape ``(x, y, z)`` and holds *lower* entities:
+``velocity[i]`` at index (x, y, z) sits on the face between that cell and its lower neighbour along axis i, an edge
+quantity on that cell's lower edge. At a walled axis index 0 lies in the lower wall and the upper wall (index n) is
+not stored: whatever lives there is zero.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Boundary = Literal["periodic", "wall", "open"]
+VelocitySpace = Literal["solenoidal", "irrotational", "full"]
+
+# Every physical parameter that the model may be told, in the order of its input vector; a domain that has no such
+# parameter leaves it 0. Nondimensional by the domain's own scales, see the data cards.
+PARAMETERS = ("dt", "viscosity", "frequency", "porosity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A uniform box of cells; lengths in the domain's unit of length."""
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    boundary: tuple[Boundary, Boundary, Boundary]
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 2:
+            raise ValueError(f"grid.shape={self.shape}: every axis needs at least 2 cells.")
+        if not all(math.isfinite(h) and h > 0 for h in self.spacing):
+            raise ValueError(f"grid.spacing={self.spacing}: must be positive and finite.")
+
+    @property
+    def face_area(self) -> tuple[float, float, float]:
+        """Area of a face normal to each axis."""
+        hx, hy, hz = self.spacing
+        return hy * hz, hx * hz, hx * hy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldSpec:
+    """One stored variable: name, SI or nondimensional unit, and where on the grid it lives."""
+
+    name: str
+    units: str
+    location: Literal["cell", "face"]
+    long_name: str
+
+    @property
+    def num_components(self) -> int:
+        return 3 if self.location == "face" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainSpec:
+    """One kind of physics. Its name serves stores, statistics and telemetry; the model never sees it."""
+
+    name: str
+    velocity_space: VelocitySpace
+    boundary: tuple[Boundary, Boundary, Boundary]
+    velocity: FieldSpec
+    pressure: FieldSpec
+    medium: FieldSpec
+    parameters: tuple[str, ...]  # subset of PARAMETERS
+
+    def __post_init__(self) -> None:
+        unknown = set(self.parameters) - set(PARAMETERS)
+        if unknown:
+            raise ValueError(f"domain {self.name}: parameters {sorted(unknown)} unknown. Known: {PARAMETERS}.")
+        if self.velocity_space != "irrotational" and "open" in self.boundary:
+            raise ValueError(f"domain {self.name}: an open axis carries only irrotational velocity (boundary={self.boundary}).")
+
+
+class FieldBatch(NamedTuple):
+    """Snapshots of one domain on one grid, in normalised units (see ``data.statistics``)."""
+
+    velocity: Float[Tensor, "b 3 x y z"]  # velocity on lower faces
+    pressure: Float[Tensor, "b 1 x y z"]
+    medium: Float[Tensor, "b 1 x y z"]
+    domain: DomainSpec
+    grid: Grid
+
+
+class LatentBatch(NamedTuple):
+    """Three successive latent states per sample, of any mixture of domains, whitened."""
+
+    previous: Float[Tensor, "b c x y z"]
+    current: Float[Tensor, "b c x y z"]
+    following: Float[Tensor, "b c x y z"]
+    medium: Float[Tensor, "b m x y z"]
+    parameters: Float[Tensor, "b q"]
+    domain: Int[Tensor, "b"]  # for telemetry and evaluation only; no model input
+
+
+class Routing(NamedTuple):
+    """What one router decided; the MoE layer, the balance loss and telemetry all read this."""
+
+    expert: Int[Tensor, "n k"]  # chosen experts per token, best first
+    gate: Float[Tensor, "n k"]  # their probabilities, FP32
+    probability: Float[Tensor, "n e"]  # all probabilities, FP32
+    score: Float[Tensor, "n e"]  # logits before the softmax, FP32 (z-loss)

@@ -1,0 +1,121 @@
+"""The Top-1 MoE latent transformer: the last two latent states and the medium in, the next state out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shodh.fields import PARAMETERS, Routing
+from shodh.model.attention import Attention
+from shodh.model.embedding import from_tokens, rotary_angles, to_tokens
+from shodh.model.experts import SharedExpert, StackedExperts
+from shodh.model.moe import MixtureOfExperts
+from shodh.model.router import SemanticRouter
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes of the latent transformer; latent and medium channels come from the tokenizer."""
+
+    latent_channels: int = 16
+    medium_channels: int = 8
+    patch: int = 1
+    width: int = 192
+    depth: int = 4
+    num_heads: int = 6
+    num_experts: int = 8
+    top_k: int = 1
+    hidden: int = 384  # of each expert and of the shared one
+    semantic_width: int = 32
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(f"width={self.width}: each of {self.num_heads} heads needs an even share. Change one of them.")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k={self.top_k}: must lie between 1 and num_experts={self.num_experts}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature}: must be positive.")
+
+
+class Forecast(NamedTuple):
+    """The next latent state and what every layer's router decided on the way."""
+
+    latent: Float[Tensor, "b c x y z"]
+    routings: tuple[Routing, ...]
+
+
+class Block(nn.Module):
+    """Attention, then the mixture of experts, both behind RMSNorm modulated by the physical parameters."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, config.num_heads)
+        self.mixture_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mixture = MixtureOfExperts(
+            SemanticRouter(width, config.num_experts, config.top_k, config.semantic_width, config.temperature),
+            SharedExpert(width, config.hidden),
+            StackedExperts(config.num_experts, width, config.hidden),
+        )
+        self.modulation = nn.Linear(width, 4 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], condition: Float[Tensor, "b d"], angles: Float[Tensor, "n a"]
+    ) -> tuple[Float[Tensor, "b n d"], Routing]:
+        scale1, shift1, scale2, shift2 = rearrange(self.modulation(condition), "b (k d) -> k b 1 d", k=4)
+        tokens = tokens + self.attention(self.attention_norm(tokens) * (1 + scale1) + shift1, angles)
+        mixed, routing = self.mixture(self.mixture_norm(tokens) * (1 + scale2) + shift2)
+        return tokens + mixed, routing
+
+
+class LatentTransformer(nn.Module):
+    """Forecasts the next latent state. Its inputs are physics only: no domain name or index ever enters."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        cells = config.patch**3
+        self.embed = nn.Linear((2 * config.latent_channels + config.medium_channels) * cells, config.width)
+        self.condition = nn.Sequential(
+            nn.Linear(len(PARAMETERS), config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.out = nn.Linear(config.width, config.latent_channels * cells)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(
+        self,
+        previous: Float[Tensor, "b c x y z"],
+        current: Float[Tensor, "b c x y z"],
+        medium: Float[Tensor, "b m x y z"],
+        parameters: Float[Tensor, "b q"],
+    ) -> Forecast:
+        """The state one snapshot interval after ``current``; ``previous`` lies one interval before it."""
+        patch, grid = self.config.patch, (current.shape[2], current.shape[3], current.shape[4])
+        tokens = self.embed(to_tokens(torch.cat([current, current - previous, medium], 1), patch))
+        condition = functional.silu(self.condition(parameters))
+        x, y, z = (size // patch for size in grid)
+        angles = rotary_angles((x, y, z), self.config.width // self.config.num_heads, current.device)
+        routings = []
+        for block in self.blocks:
+            tokens, routing = block(tokens, condition, angles)
+            routings.append(routing)
+        residual = from_tokens(self.out(self.norm(tokens)), grid, patch)
+        return Forecast(current + residual.to(current.dtype), tuple(routings))
+
+
+def count_parameters(model: LatentTransformer) -> tuple[int, int]:
+    """Parameters in all, and those that one token passes."""
+    total = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".routed." in name)
+    return total, total - routed + routed * model.config.top_k // model.config.num_experts

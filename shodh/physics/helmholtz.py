@@ -1,0 +1,123 @@
+"""Velocity from potentials, exactly: F = d a + H (solenoidal), v = d phi (irrotational), or their sum (full).
+
+``snap_potentials`` puts potentials on a lattice 2^-k, on which every sum below is exact in FP32: the divergence of the
+stored FP32 flux, evaluated in FP64, is then 0.0 bit for bit. Units enter as a scale beside the array, never by
+rescaling it.
+"""
+
+import functools
+import math
+from typing import NamedTuple, Sequence
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from shodh.fields import Boundary, Grid, VelocitySpace
+from shodh.physics.exterior import curl_of_edges, divergence_of_faces, gradient_of_cells
+
+
+class Potentials(NamedTuple):
+    """What a decoder emits instead of a velocity."""
+
+    circulation: Float[Tensor, "b 3 x y z"]  # vector potential along edges
+    scalar: Float[Tensor, "b x y z"]  # potential in cells
+    mean_flow: Float[Tensor, "b 3"]  # constant flux per face and axis (harmonic part)
+
+
+def compose_velocity(
+    potentials: Potentials, boundary: Sequence[Boundary], space: VelocitySpace
+) -> Float[Tensor, "b 3 x y z"]:
+    """The velocity on lower faces that the potentials stand for, in lattice units; no flux through walls."""
+    if space == "irrotational":
+        return gradient_of_cells(potentials.scalar, boundary)
+    periodic = torch.tensor([b == "periodic" for b in boundary], device=potentials.mean_flow.device)
+    mean_flow = torch.where(periodic, potentials.mean_flow, 0.0)
+    flux = curl_of_edges(potentials.circulation, boundary) + rearrange(mean_flow, "b f -> b f 1 1 1")
+    return flux if space == "solenoidal" else flux + gradient_of_cells(potentials.scalar, boundary)
+
+
+def snap_potentials(potentials: Potentials) -> Potentials:
+    """Potentials rounded to a lattice 2^-k, k per sample, so that sums of them are exact in FP32.
+
+    A flux adds at most 4 circulations (or 2 linearly extrapolated scalars, at most 4 times the largest) and one mean
+    flow, and k keeps twice that bound below 2^24 lattice steps. The relative change is about 2^-22 of the largest
+    potential. Raises ValueError for non-finite potentials.
+    """
+    circulation, scalar, mean_flow = (p.double() for p in potentials)
+    largest = 4 * (
+        reduce(circulation.abs(), "b f x y z -> b", "max") + reduce(scalar.abs(), "b x y z -> b", "max")
+    ) + reduce(mean_flow.abs(), "b f -> b", "max")
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueError("potentials: not finite, so they have no lattice. Check the decoder's input and weights.")
+    _, exponent = torch.frexp(largest)  # largest < 2^exponent
+    step = torch.ldexp(torch.ones_like(largest), exponent - 23).clamp_min(2.0**-120)
+
+    def snap(values: Tensor) -> Tensor:
+        unit = step.reshape(-1, *[1] * (values.ndim - 1))
+        return (torch.round(values / unit) * unit).float()
+
+    return Potentials(snap(circulation), snap(scalar), snap(mean_flow))
+
+
+def solve_poisson(right: Float[Tensor, "*s x y z"], grid: Grid) -> Float[Tensor, "*s x y z"]:
+    """The zero-mean p with div grad p = right on cells: periodic axes by FFT, walls (Neumann) by cosine transform.
+
+    Exact to round-off for the staggered operators of ``physics.exterior`` divided by the spacing; the mean of
+    ``right`` is ignored. Raises ValueError for an open axis.
+    """
+    if "open" in grid.boundary:
+        raise ValueError(f"grid.boundary={grid.boundary}: an open axis has no Poisson problem here. Use periodic or wall.")
+    walls = [i for i in range(3) if grid.boundary[i] == "wall"]
+    periodic = [i - 3 for i in range(3) if grid.boundary[i] == "periodic"]
+    cosines, inverse_eigenvalue = _poisson_factors(grid, right.dtype, right.device)
+    values = right
+    for i in walls:
+        values = (cosines[i] @ values.movedim(i - 3, -2)).movedim(-2, i - 3)
+    if periodic:
+        values = torch.fft.rfftn(values, dim=periodic) * inverse_eigenvalue
+        values = torch.fft.irfftn(values, s=[grid.shape[i] for i in periodic], dim=periodic)
+    else:
+        values = values * inverse_eigenvalue
+    for i in walls:
+        values = (cosines[i].T @ values.movedim(i - 3, -2)).movedim(-2, i - 3)
+    return values
+
+
+def remove_divergence(velocity: Float[Tensor, "*s 3 x y z"], grid: Grid) -> Float[Tensor, "*s 3 x y z"]:
+    """The nearest solenoidal velocity on lower faces with the same mean flow: u - grad p, div u = 0 to round-off."""
+    spacing = torch.tensor(grid.spacing, dtype=velocity.dtype, device=velocity.device).reshape(3, 1, 1, 1)
+    pressure = solve_poisson(divergence_of_faces(velocity / spacing, grid.boundary), grid)
+    return velocity - gradient_of_cells(pressure, grid.boundary) / spacing
+
+
+@functools.lru_cache(maxsize=16)
+def _poisson_factors(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
+    """Cosine matrix of each walled axis, and 1 / eigenvalue of div grad per mode (0 for the mean), built in FP64."""
+    periodic = [i for i in range(3) if grid.boundary[i] == "periodic"]
+    with torch.inference_mode(False):  # kept for later callers, who may need gradients through the product
+        cosines = {i: _cosine_matrix(grid.shape[i]).to(device, dtype) for i in range(3) if i not in periodic}
+        eigenvalue = torch.zeros(1, 1, 1, dtype=torch.float64)
+        for i in range(3):
+            values = _eigenvalues(grid, i)
+            if periodic and i == periodic[-1]:  # a real transform keeps half of its last axis
+                values = values[: grid.shape[i] // 2 + 1]
+            eigenvalue = eigenvalue + values.reshape([-1 if a == i else 1 for a in range(3)])
+        inverse = torch.where(eigenvalue < 0, 1 / eigenvalue, 0.0)
+        return cosines, inverse.to(device, dtype)
+
+
+def _cosine_matrix(n: int) -> Tensor:
+    """Orthonormal DCT-II: rows are the Neumann eigenvectors of the second difference."""
+    k = torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * k[:, None] * (k[None, :] + 0.5)) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def _eigenvalues(grid: Grid, axis: int) -> Tensor:
+    n, h = grid.shape[axis], grid.spacing[axis]
+    k = torch.arange(n, dtype=torch.float64)
+    angle = math.pi * k / n if grid.boundary[axis] == "periodic" else math.pi * k / (2 * n)
+    return -((2 / h * torch.sin(angle)) ** 2)

@@ -1,0 +1,205 @@
+"""Checkpoints that are either complete or absent, in logical parameter space.
+
+A checkpoint is a folder ``step-N`` with ``state.safetensors`` (full FP32 parameters, Adam moments and buffers by name),
+``run.json`` and a manifest of SHA-256 digests. It is written as ``step-N.tmp``, synced, then renamed. Nothing is
+pickled. Because names are logical, the number of ranks and the ZeRO stage may change on resume.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shodh.config import ConfigError
+from shodh.training.engine import MOMENTS, plain_optimizer
+from shodh.training.loop import StepRecord
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+def collect_state(engine: Any) -> dict[str, Tensor]:
+    """Full FP32 parameters, moments, buffers and the optimizer's step count by logical name; collective over ranks."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        for key, value in _full_tensors(engine, parameter).items():
+            state[f"{key}/{name}"] = value.detach().float().cpu().contiguous().clone()
+    for name, buffer in engine.module.named_buffers():
+        state[f"buffer/{name}"] = buffer.detach().cpu().contiguous().clone()
+    state["optimizer/step"] = torch.tensor(max(int(m["step"]) for m in plain_optimizer(engine).state.values()))
+    return state
+
+
+def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
+    """Inverse of ``collect_state`` on any number of ranks; raises CheckpointError on a missing or misshapen tensor."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    def find(key: str, like: Tensor) -> Tensor:
+        if key not in state or state[key].shape != like.shape:
+            found = tuple(state[key].shape) if key in state else "nothing"
+            raise CheckpointError(
+                f"checkpoint: {key} should have shape {tuple(like.shape)}, found {found}. Use the config it was written with."
+            )
+        return state[key].to(like.device)
+
+    optimizer = plain_optimizer(engine)
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            value = find(f"parameter/{name}", parameter)
+            parameter.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+            for moment in MOMENTS:
+                value = find(f"{moment}/{name}", parameter)
+                if hasattr(parameter, "_hp_mapping"):
+                    safe_set_full_optimizer_state(parameter, value, moment)
+                else:
+                    optimizer.state[parameter][moment].copy_(value)
+        for name, buffer in engine.module.named_buffers():
+            buffer.copy_(find(f"buffer/{name}", buffer))
+        for moments in optimizer.state.values():
+            moments["step"].fill_(float(state["optimizer/step"]))
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Tensor], run: dict[str, Any], keep: int = 2) -> Path:
+    """Commit ``step-N`` atomically and delete all but the newest ``keep``; returns its path. Call on rank 0 only.
+
+    Raises CheckpointError when the disk is full; older checkpoints stay as they are.
+    """
+    final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(state, temporary / "state.safetensors")
+        (temporary / "run.json").write_text(json.dumps({"step": step, **run}, indent=1))
+        digests = {path.name: digest_file(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint={final}: cannot be written ({error}). Free disk space; older checkpoints are untouched."
+        ) from None
+    for old in sorted(list_checkpoints(folder), key=checkpoint_step)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_newest(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose every file matches its manifest; ``report`` hears of each one skipped.
+
+    Raises CheckpointError when checkpoints exist but none is intact: training never silently starts again from 0.
+    """
+    candidates = sorted(list_checkpoints(folder), key=checkpoint_step, reverse=True)
+    for path in candidates:
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        report(f"checkpoint={path}: {fault}. Skipped; an older one is used.")
+    if candidates:
+        raise CheckpointError(
+            f"checkpoint={folder}: none of {len(candidates)} is intact ({find_fault(candidates[0])}). "
+            "Restore one from a backup, or delete the folder to start again from step 0."
+        )
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every file matches its digest."""
+    try:
+        digests = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, digest in digests.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if digest_file(file) != digest:
+            return f"{name} is truncated or altered (its SHA-256 differs from the manifest)"
+    return None
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State and run description of an intact checkpoint; raises CheckpointError otherwise."""
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint={path}: no such folder. Give a step-N folder.")
+    fault = find_fault(path)
+    if fault is not None:
+        raise CheckpointError(f"checkpoint={path}: {fault}. Use another step-N folder beside it.")
+    return load_file(path / "state.safetensors"), json.loads((path / "run.json").read_text())
+
+
+def load_parameters(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put parameters and buffers of a checkpoint into a bare model (for evaluation)."""
+    own = {key.split("/", 1)[1]: value for key, value in state.items() if key.startswith(("parameter/", "buffer/"))}
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"checkpoint: does not fit the model: {' '.join(str(error).split())[:200]}. Use the config it was written with."
+        ) from None
+
+
+class SaveCheckpoint:
+    """Hook that commits a checkpoint every ``interval`` steps and after the last one; collective over ranks."""
+
+    def __init__(self, engine: Any, folder: Path, interval: int, num_steps: int, run: dict[str, Any]) -> None:
+        self.engine, self.folder, self.interval, self.num_steps, self.run = engine, folder, interval, num_steps, run
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.step % self.interval and record.step != self.num_steps:
+            return
+        state = collect_state(self.engine)
+        if torch.distributed.get_rank() == 0:
+            write_checkpoint(self.folder, record.step, state, self.run)
+        torch.distributed.barrier()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints in a folder, in no order."""
+    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def checkpoint_step(path: Path) -> int:
+    """The N of a folder ``step-N``."""
+    return int(path.name.removeprefix("step-"))
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _full_tensors(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if hasattr(parameter, "_hp_mapping"):
+        tensors = {"parameter": safe_get_full_fp32_param(parameter)}
+        return tensors | {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+    moments = plain_optimizer(engine).state[parameter]
+    return {"parameter": parameter} | {moment: moments[moment] for moment in MOMENTS}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,136 @@
+"""A dozen typed fields -> a DeepSpeed engine; the only file that knows DeepSpeed's configuration and quirks."""
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from shodh.config import ConfigError
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is trained across ranks. ``extra`` is merged into DeepSpeed's own JSON last."""
+
+    batch_size: int  # samples per micro-step over all ranks
+    accumulation: int = 1  # micro-steps per optimizer step
+    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    gradient_clipping: float = 1.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    threads_per_rank: int = 1  # on CPU
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.accumulation < 1:
+            raise ValueError(f"batch_size={self.batch_size}, accumulation={self.accumulation}: must be at least 1.")
+
+
+def start_distributed(threads_per_rank: int) -> torch.device:
+    """Join the process group that the launcher describes (or one of a single process) and return this rank's device.
+
+    On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and leaves
+    69 MB a rank in /dev/shm.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(threads_per_rank)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def stop_distributed() -> None:
+    """Leave the process group; without it gloo warns at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -> Any:
+    """A DeepSpeed engine around ``model`` with a torch AdamW; weights are broadcast from rank 0.
+
+    Raises ConfigError where the ranks do not divide the batch.
+    """
+    import deepspeed
+
+    world = torch.distributed.get_world_size()
+    if config.batch_size % world:
+        raise ConfigError(f"engine.batch_size={config.batch_size}: {world} ranks do not divide it. Choose a multiple.")
+    low_precision = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    deepspeed_config = {
+        "train_micro_batch_size_per_gpu": config.batch_size // world,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": low_precision, "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        **config.extra,
+    }
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=0.0, betas=config.betas)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    _create_moments(engine)
+    return engine
+
+
+def plain_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer, under ZeRO's wrapper where there is one."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Use ``learning_rate`` in the coming optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _create_moments(engine: Any) -> None:
+    """Give AdamW at once the state that it otherwise makes in its first step, so that it can be saved and restored.
+
+    Left to itself, ZeRO 1 and 2 (DeepSpeed 0.19.8) link parameters to their moments after the first group has stepped and
+    miss those of all other groups.
+    """
+    optimizer = plain_optimizer(engine)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; gains, biases and prototypes do not."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("prototype")]
+    kept = [p for name, p in named if p.ndim < 2 or name.endswith("prototype")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,88 @@
+"""The only training loop: tokenizer, pretraining, fine-tuning and distillation all run through it."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple, Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+from shodh.training.engine import set_learning_rate
+from shodh.training.schedule import ScheduleConfig, learning_rate_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What the loop itself is told."""
+
+    schedule: ScheduleConfig
+    seed: int = 0
+
+
+class StepRecord(NamedTuple):
+    """What one optimizer step produced; hooks read it. ``step`` counts completed steps, from 1."""
+
+    step: int
+    scalars: dict[str, float]  # means over ranks and accumulation, loss terms as "loss/name"
+    seconds: float
+    outputs: list[Any]  # what the objective returned beside its terms, per micro-step, on this rank
+
+
+class Objective(Protocol):
+    """Turns a batch into named loss terms (``total`` is minimised) and anything the hooks want to see."""
+
+    def begin_step(self) -> None: ...
+
+    def __call__(self, engine: Any, batch: Any) -> tuple[dict[str, Tensor], Any]: ...
+
+
+class Hook(Protocol):
+    """Called on every rank after every optimizer step."""
+
+    def after_step(self, record: StepRecord) -> None: ...
+
+
+def train(
+    engine: Any,
+    objective: Objective,
+    batch_at: Callable[[int, int], Any],
+    config: LoopConfig,
+    hooks: Sequence[Hook] = (),
+    first_step: int = 0,
+) -> None:
+    """Run steps ``first_step`` to ``num_steps``; everything random in a step depends only on seed, step and rank.
+
+    ``batch_at(step, micro_step)`` gives this rank's batch. Raises FloatingPointError, naming the step, when the loss is
+    not finite: the newest checkpoint is then the state to go back to.
+    """
+    rank = torch.distributed.get_rank()
+    accumulation = engine.gradient_accumulation_steps()
+    engine.train()
+    for step in range(first_step, config.schedule.num_steps):
+        started = time.perf_counter()
+        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
+        learning_rate = learning_rate_at(step, config.schedule)
+        set_learning_rate(engine, learning_rate)
+        objective.begin_step()
+        terms, outputs = [], []
+        for micro_step in range(accumulation):
+            losses, output = objective(engine, batch_at(step, micro_step))
+            engine.backward(losses["total"])
+            engine.step()
+            terms.append({name: value.detach() for name, value in losses.items()})
+            outputs.append(output)
+        scalars = _mean_over_ranks(terms)
+        if not all(torch.isfinite(torch.tensor(value)) for value in scalars.values()):
+            raise FloatingPointError(f"step={step + 1}: loss is not finite ({scalars}). Lower learning_rate and start again.")
+        scalars["learning_rate"] = learning_rate
+        record = StepRecord(step + 1, scalars, time.perf_counter() - started, outputs)
+        for hook in hooks:
+            hook.after_step(record)
+
+
+def _mean_over_ranks(terms: list[dict[str, Tensor]]) -> dict[str, float]:
+    names = list(terms[0])
+    means = torch.stack([torch.stack([term[name].float() for term in terms]).mean() for name in names])
+    torch.distributed.all_reduce(means)
+    values = (means / torch.distributed.get_world_size()).tolist()
+    return {("loss" if name == "total" else f"loss/{name}"): value for name, value in zip(names, values, strict=True)}

@@ -1,0 +1,89 @@
+"""What pretraining minimises: the relative forecast error, global-batch balance and the z-loss."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from einops import reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from shodh.fields import LatentBatch, Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastConfig:
+    """Weights beside the forecast error, whose weight is 1."""
+
+    balance_weight: float = 0.01
+    z_weight: float = 1e-4
+    change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
+    state_noise: float = 0.0  # standard deviation added to both input states, against drift in long rollouts
+
+
+class RoutedBatch(NamedTuple):
+    """What telemetry needs of a micro-batch."""
+
+    routings: tuple[Routing, ...]
+    domain: Int[Tensor, "b"]
+
+
+class ForecastObjective:
+    """Objective of pretraining; counts tokens per expert over ranks and the accumulation steps so far."""
+
+    def __init__(self, config: ForecastConfig) -> None:
+        self.config = config
+        self.token_count: Tensor | None = None  # (layer, expert), of the present step
+
+    def begin_step(self) -> None:
+        self.token_count = None
+
+    def __call__(self, engine: Any, batch: LatentBatch) -> tuple[dict[str, Tensor], RoutedBatch]:
+        previous, current = (self._disturb(state) for state in (batch.previous, batch.current))
+        forecast = engine(previous, current, batch.medium, batch.parameters)
+        counts = torch.stack([count_tokens(routing) for routing in forecast.routings])
+        torch.distributed.all_reduce(counts)
+        self.token_count = counts if self.token_count is None else self.token_count + counts
+        data = relative_change_error(forecast.latent, batch, self.config.change_floor)
+        balance = torch.stack(
+            [balance_loss(r, count) for r, count in zip(forecast.routings, self.token_count, strict=True)]
+        ).mean()
+        z = torch.stack([z_loss(routing) for routing in forecast.routings]).mean()
+        total = data + self.config.balance_weight * balance + self.config.z_weight * z
+        detached = tuple(Routing(*(value.detach() for value in routing)) for routing in forecast.routings)
+        return {"total": total, "data": data, "balance": balance, "z": z}, RoutedBatch(detached, batch.domain)
+
+    def _disturb(self, state: Tensor) -> Tensor:
+        return state + self.config.state_noise * torch.randn_like(state) if self.config.state_noise else state
+
+
+def relative_change_error(
+    prediction: Float[Tensor, "b c x y z"], batch: LatentBatch, floor: float
+) -> Float[Tensor, ""]:
+    """Squared error over the squared change of each sample, averaged: persistence scores 1 (less for still samples).
+
+    The scale comes from the sample alone, so no label is needed to weigh slow and fast physics alike.
+    """
+    error = reduce((prediction.float() - batch.following) ** 2, "b c x y z -> b", "mean")
+    change = reduce((batch.following - batch.current) ** 2, "b c x y z -> b", "mean")
+    return (error / (change + floor)).mean()
+
+
+def count_tokens(routing: Routing) -> Float[Tensor, "e"]:
+    """Tokens sent to each expert."""
+    return torch.bincount(routing.expert.flatten(), minlength=routing.probability.shape[1]).float()
+
+
+def balance_loss(routing: Routing, global_count: Float[Tensor, "e"]) -> Float[Tensor, ""]:
+    """e * sum_e (share of the *global* batch on e) * (mean probability of e here); 1 when balanced.
+
+    The share is taken over ranks and accumulation steps: a micro-batch holds few domains, and balancing inside it would
+    spread every domain over all experts. Fedus et al., Switch Transformers (2021), eq. 4; Qiu et al. (2025) on the scope.
+    """
+    share = global_count / global_count.sum()
+    return len(share) * (share * reduce(routing.probability, "n e -> e", "mean")).sum()
+
+
+def z_loss(routing: Routing) -> Float[Tensor, ""]:
+    """Mean squared log-partition of the scores; keeps them small. Zoph et al., ST-MoE (2022), eq. 5."""
+    return routing.score.logsumexp(-1).square().mean()

@@ -1,0 +1,90 @@
+"""A training run that can be killed at any time: resume, train, checkpoint, track."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import torch
+
+from shodh.config import ConfigError
+from shodh.training.checkpoint import SaveCheckpoint, find_newest, read_checkpoint, restore_state
+from shodh.training.loop import Hook, LoopConfig, Objective, train
+from shodh.training.tracking import Track, TrackingConfig
+
+
+def train_resumably(
+    engine: Any,
+    objective: Objective,
+    batch_at: Callable[[int, int], Any],
+    loop: LoopConfig,
+    hooks: Sequence[Hook],
+    *,
+    folder: Path,
+    phase: str,
+    description: dict[str, Any],
+    checkpoint_interval: int,
+    tracking: TrackingConfig,
+    tokens_per_step: int,
+) -> None:
+    """Train to ``loop.schedule.num_steps`` from the newest intact checkpoint in ``folder``, or from the start.
+
+    ``description`` (config, digests of data) is stored with every checkpoint. Raises ConfigError when the folder was begun with
+    another one: the old checkpoints stay, and the message names what differs.
+    """
+    leader = torch.distributed.get_rank() == 0
+    checkpoints = folder / "checkpoints" / phase
+    first_step = _resume(engine, checkpoints, description, leader)
+    num_steps = loop.schedule.num_steps
+    if first_step >= num_steps:
+        _say(leader, f"{phase}: all {num_steps} steps are done ({checkpoints}/step-{first_step})")
+        return
+    _say(leader, f"{phase}: steps {first_step + 1} to {num_steps} -> {checkpoints}")
+    track = Track(folder, phase, tracking, first_step, num_steps, tokens_per_step)
+    run = {"description": description, "git_sha": read_git_sha(), "world_size": torch.distributed.get_world_size()}
+    save = SaveCheckpoint(engine, checkpoints, checkpoint_interval, num_steps, run)
+    try:
+        train(engine, objective, batch_at, loop, [*hooks, track, save], first_step)
+    finally:
+        track.close()
+
+
+def read_git_sha() -> str:
+    """The commit of the source tree, "+" appended where it has been edited; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        sha = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "-C", root, "diff", "--quiet", "HEAD"], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return sha.stdout.strip() + ("+" if dirty.returncode else "")
+
+
+def _resume(engine: Any, checkpoints: Path, description: dict[str, Any], leader: bool) -> int:
+    newest = find_newest(checkpoints, lambda message: _say(leader, f"warning: {message}"))
+    if newest is None:
+        return 0
+    state, run = read_checkpoint(newest)
+    differences = list(_differences(run["description"], json.loads(json.dumps(description))))
+    if differences:
+        raise ConfigError(
+            f"{checkpoints}: was begun with another configuration ({'; '.join(differences[:3])}). "
+            "Give another run folder, or the same configuration."
+        )
+    restore_state(engine, state)
+    _say(leader, f"resuming from {newest}")
+    return int(run["step"])
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old} -> {new}"
+
+
+def _say(leader: bool, message: str) -> None:
+    if leader:
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,98 @@
+"""Where scalars go: an append-only ``metrics.jsonl`` is the truth; the progress bar and W&B are views of it."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from shodh.training.loop import StepRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where a run is watched. W&B is best effort: whatever it does, training goes on."""
+
+    wandb: Literal["offline", "online", "off"] = "offline"
+    project: str = "shodh"
+    interval: int = 1  # steps between lines of metrics.jsonl
+
+
+class Track:
+    """Hook that appends scalars to ``metrics.jsonl``, feeds W&B and moves the progress bar; works on rank 0 only.
+
+    Hooks before it may add to ``record.scalars``. A line holds step, phase, unix time and the scalars. After a resume steps may
+    appear twice, bit-identical; readers take the last.
+    """
+
+    def __init__(
+        self, folder: Path, phase: str, config: TrackingConfig, first_step: int, num_steps: int, tokens_per_step: int
+    ) -> None:
+        self.phase, self.config, self.num_steps, self.tokens_per_step = phase, config, num_steps, tokens_per_step
+        self.active = torch.distributed.get_rank() == 0
+        if not self.active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / "metrics.jsonl").open("a")
+        self.bar = tqdm(total=num_steps, initial=first_step, desc=phase, unit="step", mininterval=1.0, dynamic_ncols=True)
+        self.run = _start_wandb(folder, phase, config)
+
+    def after_step(self, record: StepRecord) -> None:
+        if not self.active:
+            return
+        scalars = record.scalars | {"tokens_per_second": self.tokens_per_step / record.seconds}
+        if record.step % self.config.interval == 0 or record.step == self.num_steps:
+            line = {"step": record.step, "phase": self.phase, "time": time.time(), **scalars}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            self.run = _log_wandb(self.run, {f"{self.phase}/{key}": value for key, value in scalars.items()}, record.step)
+        shown = {"loss": f"{scalars['loss']:.4f}", "tok/s": f"{scalars['tokens_per_second']:.0f}"}
+        loads = [value for key, value in scalars.items() if key.startswith("load/")]
+        if loads:
+            shown["load max/ideal"] = f"{max(loads):.1f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(record.step - self.bar.n)
+
+    def close(self) -> None:
+        """Flush everything; call once after training."""
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            if self.run is not None:
+                try:
+                    self.run.finish(quiet=True)
+                except Exception as error:  # W&B must never end a finished run
+                    _warn_wandb(error)
+
+
+def _start_wandb(folder: Path, phase: str, config: TrackingConfig) -> Any:
+    if config.wandb == "off":
+        return None
+    try:
+        import wandb
+
+        settings = wandb.Settings(silent=True, init_timeout=10, console="off")
+        return wandb.init(
+            project=config.project, dir=folder, mode=config.wandb, name=f"{folder.name}-{phase}", settings=settings
+        )
+    except Exception as error:  # a refused port, no login, not installed: none may stop training
+        _warn_wandb(error)
+        return None
+
+
+def _log_wandb(run: Any, scalars: dict[str, float], step: int) -> Any:
+    if run is not None:
+        try:
+            run.log(scalars, step=step)
+        except Exception as error:
+            _warn_wandb(error)
+            return None
+    return run
+
+
+def _warn_wandb(error: Exception) -> None:
+    print(f"wandb: {type(error).__name__}: {error}. Training goes on; metrics.jsonl holds everything.", file=sys.stderr)

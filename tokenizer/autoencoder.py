@@ -1,0 +1,112 @@
+"""The tokenizer: fields of any domain to whitened latents and back, one network for all."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shodh.fields import DomainSpec, FieldBatch, Grid
+from shodh.physics.helmholtz import Potentials
+from tokenizer.decoder import Decoder
+from tokenizer.encoder import Encoder
+from tokenizer.helmholtz_head import HelmholtzHead, exact_flux, face_measure, velocity_from_potentials
+
+DOWNSAMPLING = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Sizes of the tokenizer; ``latent_channels`` is the rate."""
+
+    latent_channels: int = 16
+    medium_channels: int = 8
+    widths: tuple[int, int, int] = (24, 96, 192)  # at 1/2, 1/4 and 1/8 of the field's resolution
+    encoder_depths: tuple[int, int, int] = (1, 1, 1)
+    decoder_depths: tuple[int, int, int] = (1, 2, 1)
+
+    def __post_init__(self) -> None:
+        fine, middle, coarse = self.widths
+        for name, inner, outer in (("middle", fine, middle), ("coarse", middle, coarse)):
+            if inner % 8 or outer % 8 or 8 * inner % outer:
+                raise ValueError(f"widths={self.widths}: multiples of 8 that divide 8x the next finer one ({name}).")
+
+
+class Decoded(NamedTuple):
+    """What the decoder says; velocity is differentiable, ``exact_flux`` is for storage and certificates."""
+
+    potentials: Potentials
+    velocity: Float[Tensor, "b 3 x y z"]  # normalised, on lower faces
+    pressure: Float[Tensor, "b 1 x y z"]  # normalised
+
+
+class Autoencoder(nn.Module):
+    """Encoder, medium encoder, decoder and Helmholtz head, with the latent statistics as buffers."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    medium_mean: Tensor
+    medium_std: Tensor
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, m = config.latent_channels, config.medium_channels
+        self.encoder = Encoder(5, c, config.widths, config.encoder_depths)
+        half = tuple(max(8, width // 2) for width in config.widths)
+        self.medium_encoder = Encoder(1, m, half, (0, 1, 0))
+        self.decoder = Decoder(c + m, config.widths, config.decoder_depths)
+        self.head = HelmholtzHead(config.widths[2], config.widths[0])
+        for name, channels in (("latent", c), ("medium", m)):
+            self.register_buffer(f"{name}_mean", torch.zeros(channels))
+            self.register_buffer(f"{name}_std", torch.ones(channels))
+
+    def forward(self, batch: FieldBatch) -> Decoded:
+        """Reconstruction of the batch, differentiable."""
+        latent, medium = self.encode(batch)
+        return self.decode(latent, medium, batch.domain, batch.grid)
+
+    def encode(self, batch: FieldBatch) -> tuple[Float[Tensor, "b c i j k"], Float[Tensor, "b m i j k"]]:
+        """Whitened latents of the state and of the medium.
+
+        Raises ValueError for grids that 8 does not divide and for values that are not finite.
+        """
+        if any(n % DOWNSAMPLING for n in batch.grid.shape):
+            raise ValueError(f"grid.shape={batch.grid.shape}: not divisible by {DOWNSAMPLING}. Crop or regrid the field.")
+        fields = torch.cat([batch.velocity, batch.pressure, batch.medium], 1)
+        if not bool(torch.isfinite(fields).all()):
+            raise ValueError(f"{batch.domain.name}: field holds NaN or infinity. Run `python -m data.layout STORE`.")
+        latent = self.encoder(fields, batch.domain.boundary)
+        return _whiten(latent, self.latent_mean, self.latent_std), self.encode_medium(batch.medium, batch.domain)
+
+    def encode_medium(self, medium: Float[Tensor, "b 1 x y z"], domain: DomainSpec) -> Float[Tensor, "b m i j k"]:
+        """Whitened latents of the static medium."""
+        return _whiten(self.medium_encoder(medium, domain.boundary), self.medium_mean, self.medium_std)
+
+    def decode(
+        self,
+        latent: Float[Tensor, "b c i j k"],
+        medium: Float[Tensor, "b m i j k"],
+        domain: DomainSpec,
+        grid: Grid,
+    ) -> Decoded:
+        """Potentials, normalised velocity and pressure of whitened latents."""
+        raw = torch.cat([_colour(latent, self.latent_mean, self.latent_std), _colour(medium, self.medium_mean, self.medium_std)], 1)
+        potentials, pressure = self.head(*self.decoder(raw, domain.boundary), domain)
+        return Decoded(potentials, velocity_from_potentials(potentials, domain, grid), pressure)
+
+    def decode_exact(
+        self, decoded: Decoded, domain: DomainSpec, grid: Grid
+    ) -> tuple[Float[Tensor, "b 3 x y z"], Float[Tensor, "b 3 x y z"]]:
+        """The exactly conservative stored flux (lattice values, FP32) and the normalised velocity that it means."""
+        flux = exact_flux(decoded.potentials, domain, grid)
+        return flux, flux / face_measure(domain, grid, flux)
+
+
+def _whiten(raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return (raw - mean.reshape(-1, 1, 1, 1)) / std.reshape(-1, 1, 1, 1)
+
+
+def _colour(white: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return white * std.reshape(-1, 1, 1, 1) + mean.reshape(-1, 1, 1, 1)

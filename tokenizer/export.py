@@ -1,0 +1,72 @@
+"""One safetensors file that is the whole tokenizer: weights, sizes, domains, statistics and its own digest."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shodh.config import ConfigError, parse_config, to_plain
+from shodh.fields import DomainSpec
+from tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+
+
+class Tokenizer(NamedTuple):
+    """A trained tokenizer and what it needs to speak physical units."""
+
+    autoencoder: Autoencoder
+    domains: dict[str, DomainSpec]
+    statistics: dict[str, dict[str, float]]  # per domain, the fields of data.statistics.FieldStatistics
+    digest: str
+
+
+def save_tokenizer(
+    path: Path, autoencoder: Autoencoder, domains: dict[str, DomainSpec], statistics: dict[str, dict[str, float]]
+) -> str:
+    """Write the file atomically and return its digest (over weights and description)."""
+    state = {name: value.detach().cpu().contiguous() for name, value in autoencoder.state_dict().items()}
+    description = json.dumps(
+        {"autoencoder": to_plain(autoencoder.config), "domains": to_plain(domains), "statistics": statistics}
+    )
+    digest = _digest(state, description)
+    temporary = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, temporary, metadata={"tokenizer": description, "digest": digest})
+    os.replace(temporary, path)
+    return digest
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read what ``save_tokenizer`` wrote, in evaluation mode.
+
+    Raises ConfigError, in one line, for a missing, truncated, altered or foreign file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"tokenizer={path}: no such file. Train one with launch/train_tokenizer.py.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ConfigError(f"tokenizer={path}: truncated or not safetensors ({error}). Export it again.") from None
+    if "tokenizer" not in metadata or metadata.get("digest") != _digest(state, metadata["tokenizer"]):
+        raise ConfigError(f"tokenizer={path}: altered since it was written (digest differs). Export it again.")
+    description = json.loads(metadata["tokenizer"])
+    autoencoder = Autoencoder(parse_config(AutoencoderConfig, description["autoencoder"], source=str(path)))
+    autoencoder.load_state_dict(state)
+    domains = {
+        name: parse_config(DomainSpec, domain, source=str(path)) for name, domain in description["domains"].items()
+    }
+    return Tokenizer(autoencoder.eval().requires_grad_(False), domains, description["statistics"], metadata["digest"])
+
+
+def _digest(state: dict[str, Tensor], description: str) -> str:
+    sha = hashlib.sha256(description.encode())
+    for name in sorted(state):
+        sha.update(name.encode())
+        sha.update(state[name].numpy().tobytes())
+    return sha.hexdigest()
