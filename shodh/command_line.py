@@ -1,7 +1,7 @@
 """What every launch script shares: help that is instant, and errors of the user's in one line."""
 
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -28,7 +28,9 @@ def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] 
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"config={path}: no such file. " + (f"There are: {', '.join(near)}." if near else "Check it."))
+        raise ConfigError(
+            f"config={path}: no such file. " + (f"There are: {', '.join(near)}." if near else "Check it.")
+        )
     try:
         raw = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:

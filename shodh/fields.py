@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -44,6 +45,13 @@ class Grid:
         """Area of a face normal to each axis."""
         hx, hy, hz = self.spacing
         return hy * hz, hx * hz, hx * hy
+
+    @property
+    def relative(self) -> "Grid":
+        """The same box in units of its mean cell size, so that cell volumes are 1."""
+        mean = math.prod(self.spacing) ** (1 / 3)
+        hx, hy, hz = self.spacing
+        return Grid(shape=self.shape, spacing=(hx / mean, hy / mean, hz / mean), boundary=self.boundary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +85,9 @@ class DomainSpec:
         if unknown:
             raise ValueError(f"domain {self.name}: parameters {sorted(unknown)} unknown. Known: {PARAMETERS}.")
         if self.velocity_space != "irrotational" and "open" in self.boundary:
-            raise ValueError(f"domain {self.name}: an open axis carries only irrotational velocity (boundary={self.boundary}).")
+            raise ValueError(
+                f"domain {self.name}: an open axis carries only irrotational velocity (boundary={self.boundary})."
+            )
 
 
 class FieldBatch(NamedTuple):
@@ -89,6 +99,21 @@ class FieldBatch(NamedTuple):
     domain: DomainSpec
     grid: Grid
 
+    def to(self, device: torch.device) -> "FieldBatch":
+        """The same batch with its tensors on ``device``."""
+        fields = (tensor.to(device) for tensor in (self.velocity, self.pressure, self.medium))
+        return FieldBatch(*fields, self.domain, self.grid)
+
+
+class DecodedFields(NamedTuple):
+    """What a decoder gives for storage and evaluation, in normalised units and on ``grid.relative``."""
+
+    flux: Float[
+        Tensor, "b 3 x y z"
+    ]  # FP32 on a lattice: exactly zero divergence (or curl); circulation if irrotational
+    velocity: Float[Tensor, "b 3 x y z"]
+    pressure: Float[Tensor, "b 1 x y z"]
+
 
 class LatentBatch(NamedTuple):
     """Three successive latent states per sample, of any mixture of domains, whitened."""
@@ -99,6 +124,10 @@ class LatentBatch(NamedTuple):
     medium: Float[Tensor, "b m x y z"]
     parameters: Float[Tensor, "b q"]
     domain: Int[Tensor, "b"]  # for telemetry and evaluation only; no model input
+
+    def to(self, device: torch.device) -> "LatentBatch":
+        """The same batch on ``device``."""
+        return LatentBatch(*(tensor.to(device) for tensor in self))
 
 
 class Routing(NamedTuple):

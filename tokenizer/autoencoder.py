@@ -1,13 +1,15 @@
 """The tokenizer: fields of any domain to whitened latents and back, one network for all."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shodh.fields import DomainSpec, FieldBatch, Grid
+from shodh.fields import DecodedFields, DomainSpec, FieldBatch, Grid
 from shodh.physics.helmholtz import Potentials
 from tokenizer.decoder import Decoder
 from tokenizer.encoder import Encoder
@@ -34,7 +36,7 @@ class AutoencoderConfig:
 
 
 class Decoded(NamedTuple):
-    """What the decoder says; velocity is differentiable, ``exact_flux`` is for storage and certificates."""
+    """What the decoder says, differentiable; ``decode_fields`` is for storage and evaluation."""
 
     potentials: Potentials
     velocity: Float[Tensor, "b 3 x y z"]  # normalised, on lower faces
@@ -73,7 +75,9 @@ class Autoencoder(nn.Module):
         Raises ValueError for grids that 8 does not divide and for values that are not finite.
         """
         if any(n % DOWNSAMPLING for n in batch.grid.shape):
-            raise ValueError(f"grid.shape={batch.grid.shape}: not divisible by {DOWNSAMPLING}. Crop or regrid the field.")
+            raise ValueError(
+                f"grid.shape={batch.grid.shape}: not divisible by {DOWNSAMPLING}. Crop or regrid the field."
+            )
         fields = torch.cat([batch.velocity, batch.pressure, batch.medium], 1)
         if not bool(torch.isfinite(fields).all()):
             raise ValueError(f"{batch.domain.name}: field holds NaN or infinity. Run `python -m data.layout STORE`.")
@@ -92,16 +96,39 @@ class Autoencoder(nn.Module):
         grid: Grid,
     ) -> Decoded:
         """Potentials, normalised velocity and pressure of whitened latents."""
-        raw = torch.cat([_colour(latent, self.latent_mean, self.latent_std), _colour(medium, self.medium_mean, self.medium_std)], 1)
+        raw = torch.cat(
+            [_colour(latent, self.latent_mean, self.latent_std), _colour(medium, self.medium_mean, self.medium_std)], 1
+        )
         potentials, pressure = self.head(*self.decoder(raw, domain.boundary), domain)
         return Decoded(potentials, velocity_from_potentials(potentials, domain, grid), pressure)
 
-    def decode_exact(
-        self, decoded: Decoded, domain: DomainSpec, grid: Grid
-    ) -> tuple[Float[Tensor, "b 3 x y z"], Float[Tensor, "b 3 x y z"]]:
-        """The exactly conservative stored flux (lattice values, FP32) and the normalised velocity that it means."""
+    def decode_fields(
+        self,
+        latent: Float[Tensor, "b c i j k"],
+        medium: Float[Tensor, "b m i j k"],
+        domain: DomainSpec,
+        grid: Grid,
+    ) -> DecodedFields:
+        """Fields for storage and evaluation; the flux is exactly conservative."""
+        decoded = self.decode(latent, medium, domain, grid)
         flux = exact_flux(decoded.potentials, domain, grid)
-        return flux, flux / face_measure(domain, grid, flux)
+        return DecodedFields(flux, flux / face_measure(domain, grid, flux.device), decoded.pressure)
+
+
+@torch.no_grad()
+def measure_latents(model: Autoencoder, batches: Iterable[FieldBatch], device: torch.device) -> None:
+    """Set the latent statistics so that latents have mean 0 and variance 1 per channel over all ``batches`` together.
+
+    Global, not per domain: what tells domains apart stays visible to the router.
+    """
+    for name in ("latent", "medium"):
+        getattr(model, f"{name}_mean").zero_()
+        getattr(model, f"{name}_std").fill_(1.0)
+    pairs = [model.encode(batch.to(device)) for batch in batches]
+    for name, latents in zip(("latent", "medium"), zip(*pairs, strict=True), strict=True):
+        rows = torch.cat([rearrange(latent, "b c i j k -> (b i j k) c") for latent in latents]).double()
+        getattr(model, f"{name}_mean").copy_(rows.mean(0))
+        getattr(model, f"{name}_std").copy_(rows.std(0).clamp_min(1e-6))
 
 
 def _whiten(raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:

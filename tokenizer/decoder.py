@@ -1,6 +1,6 @@
 """Latent -> fine features at half the field's resolution, from which the heads read potentials and pressure."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn

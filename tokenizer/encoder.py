@@ -1,6 +1,6 @@
 """Field -> latent: a pyramid of residual blocks, 8x coarser per axis, that never convolves at full resolution."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -23,6 +23,8 @@ class HelmholtzHead(nn.Module):
         self.norm = nn.GroupNorm(8, fine_width)
         self.out = BoundaryConv(fine_width, 8 * 5)  # 3 circulations, scalar potential, pressure in each 2x2x2 cube
         self.mean_flow = nn.Linear(coarse_width, 3)
+        with torch.no_grad():  # begin near rest: differences of random potentials would be a storm
+            self.out.conv.weight *= 0.1
 
     def forward(
         self, coarse: Float[Tensor, "b d i j k"], fine: Float[Tensor, "b w i j k"], domain: DomainSpec
@@ -34,43 +36,31 @@ class HelmholtzHead(nn.Module):
         return Potentials(values[:, :3], values[:, 3], mean_flow), values[:, 4:]
 
 
-def to_grid(potentials: Potentials, domain: DomainSpec, grid: Grid) -> Potentials:
-    """Potentials as the integrals that the grid stores: circulations A·edge, fluxes U·area, in cell sizes.
-
-    Lengths are divided by the mean cell size, so that an isotropic grid changes nothing.
-    """
-    length = _relative_spacing(grid, potentials.circulation)
-    area = length.prod() / length
+def to_grid(potentials: Potentials, grid: Grid) -> Potentials:
+    """Potentials as the integrals that a grid stores: circulations A·edge, fluxes U·area, lengths in mean cell sizes."""
+    length = torch.tensor(grid.relative.spacing, device=potentials.scalar.device)
+    area = torch.tensor(grid.relative.face_area, device=potentials.scalar.device)
     return Potentials(
         potentials.circulation * length.reshape(3, 1, 1, 1), potentials.scalar, potentials.mean_flow * area
     )
 
 
-def face_measure(domain: DomainSpec, grid: Grid, like: Tensor) -> Float[Tensor, "3 1 1 1"]:
-    """What a stored velocity is multiplied by relative to the velocity itself: face area, or spacing if irrotational."""
-    length = _relative_spacing(grid, like)
-    measure = length if domain.velocity_space == "irrotational" else length.prod() / length
-    return measure.reshape(3, 1, 1, 1)
+def face_measure(domain: DomainSpec, grid: Grid, device: torch.device) -> Float[Tensor, "3 1 1 1"]:
+    """What turns a velocity into what is stored: the face's area, or the spacing across it if irrotational."""
+    relative = grid.relative
+    measure = relative.spacing if domain.velocity_space == "irrotational" else relative.face_area
+    return torch.tensor(measure, device=device).reshape(3, 1, 1, 1)
 
 
-def velocity_from_potentials(
-    potentials: Potentials, domain: DomainSpec, grid: Grid
-) -> Float[Tensor, "b 3 x y z"]:
+def velocity_from_potentials(potentials: Potentials, domain: DomainSpec, grid: Grid) -> Float[Tensor, "b 3 x y z"]:
     """Normalised velocity on lower faces, differentiable; for training."""
-    stored = compose_velocity(to_grid(potentials, domain, grid), domain.boundary, domain.velocity_space)
-    return stored / face_measure(domain, grid, stored)
+    stored = compose_velocity(to_grid(potentials, grid), domain.boundary, domain.velocity_space)
+    return stored / face_measure(domain, grid, stored.device)
 
 
 def exact_flux(potentials: Potentials, domain: DomainSpec, grid: Grid) -> Float[Tensor, "b 3 x y z"]:
     """The flux (or circulation) on the lattice: its FP32 values sum to exactly zero divergence (or curl).
 
-    Divide by ``face_measure`` for the normalised velocity; multiply by the scale kept beside it for physical units.
+    Divide by ``face_measure`` for the normalised velocity; units are a scale kept beside it, never multiplied in.
     """
-    return compose_velocity(
-        snap_potentials(to_grid(potentials, domain, grid)), domain.boundary, domain.velocity_space
-    )
-
-
-def _relative_spacing(grid: Grid, like: Tensor) -> Tensor:
-    spacing = torch.tensor(grid.spacing, dtype=like.dtype, device=like.device)
-    return spacing / spacing.log().mean().exp()
+    return compose_velocity(snap_potentials(to_grid(potentials, grid)), domain.boundary, domain.velocity_space)

@@ -1,6 +1,6 @@
 """Convolution blocks that respect each axis's boundary condition."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange, reduce

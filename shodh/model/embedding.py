@@ -12,18 +12,16 @@ def to_tokens(latent: Float[Tensor, "b c x y z"], patch: int) -> Float[Tensor, "
     Raises ValueError where ``patch`` does not divide the latent grid.
     """
     if any(size % patch for size in latent.shape[-3:]):
-        raise ValueError(f"patch={patch}: does not divide the latent grid {tuple(latent.shape[-3:])}. Choose one that does.")
+        raise ValueError(
+            f"patch={patch}: does not divide the latent grid {tuple(latent.shape[-3:])}. Choose one that does."
+        )
     return rearrange(latent, "b c (x i) (y j) (z k) -> b (x y z) (c i j k)", i=patch, j=patch, k=patch)
 
 
-def from_tokens(
-    tokens: Float[Tensor, "b n v"], grid: tuple[int, int, int], patch: int
-) -> Float[Tensor, "b c x y z"]:
+def from_tokens(tokens: Float[Tensor, "b n v"], grid: tuple[int, int, int], patch: int) -> Float[Tensor, "b c x y z"]:
     """Inverse of ``to_tokens`` for a latent grid of shape ``grid``."""
     x, y, z = (size // patch for size in grid)
-    return rearrange(
-        tokens, "b (x y z) (c i j k) -> b c (x i) (y j) (z k)", x=x, y=y, z=z, i=patch, j=patch, k=patch
-    )
+    return rearrange(tokens, "b (x y z) (c i j k) -> b c (x i) (y j) (z k)", x=x, y=y, z=z, i=patch, j=patch, k=patch)
 
 
 def rotary_angles(grid: tuple[int, int, int], head_width: int, device: torch.device) -> Float[Tensor, "n a"]:

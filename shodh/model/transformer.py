@@ -35,7 +35,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
-            raise ValueError(f"width={self.width}: each of {self.num_heads} heads needs an even share. Change one of them.")
+            raise ValueError(
+                f"width={self.width}: each of {self.num_heads} heads needs an even share. Change one of them."
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k}: must lie between 1 and num_experts={self.num_experts}.")
         if self.temperature <= 0:

@@ -7,7 +7,7 @@ Arrays end in the axes ``(x, y, z)`` and hold lower entities (see ``shodh.fields
 Source: Desbrun, Hirani, Leok, Marsden, Discrete Exterior Calculus (2005), section 3.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,9 @@ def difference_up(values: Float[Tensor, "*s x y z"], axis: int, boundary: Bounda
     if boundary == "wall":
         upper = torch.zeros_like(values.narrow(dim, 0, 1))
         return torch.cat([values, upper], dim).diff(dim=dim)
-    raise ValueError(f"axis {axis} is open: the upper neighbour of its last entity is not stored. Use periodic or wall.")
+    raise ValueError(
+        f"axis {axis} is open: the upper neighbour of its last entity is not stored. Use periodic or wall."
+    )
 
 
 def difference_down(values: Float[Tensor, "*s x y z"], axis: int, boundary: Boundary) -> Float[Tensor, "*s x y z"]:
@@ -106,14 +108,20 @@ def curl_of_faces(circulation: Float[Tensor, "*s 3 x y z"], boundary: Boundaries
 def mismatched_divergence(flux: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) -> Float[Tensor, "*s x y z"]:
     """What a reader with the wrong operator sees: central differences of cell-centred averages of the flux."""
     return sum(
-        (_central(_to_centre(component, i, boundary[i]), i, boundary[i]) for i, component in enumerate(flux.unbind(-4))),
+        (
+            _central(_to_centre(component, i, boundary[i]), i, boundary[i])
+            for i, component in enumerate(flux.unbind(-4))
+        ),
         start=torch.zeros_like(flux.select(-4, 0)),
     )
 
 
 def mismatched_curl(circulation: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) -> Float[Tensor, "*s 3 x y z"]:
-    """The curl by central differences of cell-centred averages: the irrotational twin of ``mismatched_divergence``."""
-    v = [_to_centre(component, i, boundary[i]) for i, component in enumerate(circulation.unbind(-4))]
+    """What a reader who takes face values for cell values sees: their curl by central differences.
+
+    Averaging to the centres first would hide the mistake, because averages and differences of a gradient commute.
+    """
+    v = circulation.unbind(-4)
     return torch.stack(
         [
             _central(v[(i + 2) % 3], (i + 1) % 3, boundary[(i + 1) % 3])

@@ -7,7 +7,8 @@ rescaling it.
 
 import functools
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
@@ -68,7 +69,9 @@ def solve_poisson(right: Float[Tensor, "*s x y z"], grid: Grid) -> Float[Tensor,
     ``right`` is ignored. Raises ValueError for an open axis.
     """
     if "open" in grid.boundary:
-        raise ValueError(f"grid.boundary={grid.boundary}: an open axis has no Poisson problem here. Use periodic or wall.")
+        raise ValueError(
+            f"grid.boundary={grid.boundary}: an open axis has no Poisson problem here. Use periodic or wall."
+        )
     walls = [i for i in range(3) if grid.boundary[i] == "wall"]
     periodic = [i - 3 for i in range(3) if grid.boundary[i] == "periodic"]
     cosines, inverse_eigenvalue = _poisson_factors(grid, right.dtype, right.device)

@@ -8,9 +8,7 @@ from torch import Tensor
 from shodh.fields import Boundary
 
 
-def vrmse(
-    prediction: Float[Tensor, "b f x y z"], truth: Float[Tensor, "b f x y z"]
-) -> Float[Tensor, "b"]:
+def vrmse(prediction: Float[Tensor, "b f x y z"], truth: Float[Tensor, "b f x y z"]) -> Float[Tensor, "b"]:
     """Root mean square error over the standard deviation of the truth, per sample, components pooled.
 
     sqrt(mean |p - t|^2 / mean |t - mean(t)|^2), the mean taken per component over space: predicting the mean gives 1.
@@ -40,4 +38,6 @@ def band_energy(
         wavenumber = wavenumber + (k**2).reshape([-1 if a == axis else 1 for a in range(3)])
     band = (num_bands + torch.ceil(torch.log2(wavenumber.sqrt().clamp_min(1e-9))) - 1).clamp(0, num_bands - 1).long()
     per_cell = reduce(energy, "b f x y z -> b (x y z)", "sum")
-    return torch.zeros(len(field), num_bands, device=field.device, dtype=per_cell.dtype).index_add(1, band.flatten(), per_cell)
+    return torch.zeros(len(field), num_bands, device=field.device, dtype=per_cell.dtype).index_add(
+        1, band.flatten(), per_cell
+    )

@@ -10,8 +10,10 @@ import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -118,6 +120,14 @@ def find_newest(folder: Path, report: Callable[[str], None]) -> Path | None:
             "Restore one from a backup, or delete the folder to start again from step 0."
         )
     return None
+
+
+def read_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State and run description of the newest intact checkpoint; raises CheckpointError when there is none."""
+    newest = find_newest(folder, lambda message: print(f"warning: {message}", file=sys.stderr))
+    if newest is None:
+        raise CheckpointError(f"checkpoint={folder}: no checkpoint yet. Train first (see launch/).")
+    return read_checkpoint(newest)
 
 
 def find_fault(path: Path) -> str | None:

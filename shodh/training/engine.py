@@ -4,14 +4,15 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from shodh.config import ConfigError
-
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -35,34 +36,43 @@ class EngineConfig:
             raise ValueError(f"batch_size={self.batch_size}, accumulation={self.accumulation}: must be at least 1.")
 
 
-def start_distributed(threads_per_rank: int) -> torch.device:
-    """Join the process group that the launcher describes (or one of a single process) and return this rank's device.
+class ProcessGroup(NamedTuple):
+    """Where this process stands among its peers."""
+
+    device: torch.device
+    rank: int
+    size: int
+
+
+@contextmanager
+def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
+    """Membership of the process group that the launcher describes, or of one with a single process.
 
     On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and leaves
     69 MB a rank in /dev/shm.
     """
-    if not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(threads_per_rank)
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
-    from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def stop_distributed() -> None:
-    """Leave the process group; without it gloo warns at exit."""
-    if torch.distributed.is_initialized():
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    try:
+        yield ProcessGroup(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    finally:
         torch.distributed.destroy_process_group()
 
 

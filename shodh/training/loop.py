@@ -1,8 +1,9 @@
 """The only training loop: tokenizer, pretraining, fine-tuning and distillation all run through it."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,18 +46,19 @@ class Hook(Protocol):
 def train(
     engine: Any,
     objective: Objective,
-    batch_at: Callable[[int, int], Any],
+    batches_from: Callable[[int], Iterator[Any]],
     config: LoopConfig,
     hooks: Sequence[Hook] = (),
     first_step: int = 0,
 ) -> None:
     """Run steps ``first_step`` to ``num_steps``; everything random in a step depends only on seed, step and rank.
 
-    ``batch_at(step, micro_step)`` gives this rank's batch. Raises FloatingPointError, naming the step, when the loss is
+    ``batches_from(step)`` gives this rank's micro-batches in order from a step on. Raises FloatingPointError, naming the step, when the loss is
     not finite: the newest checkpoint is then the state to go back to.
     """
     rank = torch.distributed.get_rank()
     accumulation = engine.gradient_accumulation_steps()
+    batches = batches_from(first_step)
     engine.train()
     for step in range(first_step, config.schedule.num_steps):
         started = time.perf_counter()
@@ -65,15 +67,17 @@ def train(
         set_learning_rate(engine, learning_rate)
         objective.begin_step()
         terms, outputs = [], []
-        for micro_step in range(accumulation):
-            losses, output = objective(engine, batch_at(step, micro_step))
+        for _ in range(accumulation):
+            losses, output = objective(engine, next(batches))
             engine.backward(losses["total"])
             engine.step()
             terms.append({name: value.detach() for name, value in losses.items()})
             outputs.append(output)
         scalars = _mean_over_ranks(terms)
         if not all(torch.isfinite(torch.tensor(value)) for value in scalars.values()):
-            raise FloatingPointError(f"step={step + 1}: loss is not finite ({scalars}). Lower learning_rate and start again.")
+            raise FloatingPointError(
+                f"step={step + 1}: loss is not finite ({scalars}). Lower learning_rate and start again."
+            )
         scalars["learning_rate"] = learning_rate
         record = StepRecord(step + 1, scalars, time.perf_counter() - started, outputs)
         for hook in hooks:

@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from shodh.training.tracking import Track, TrackingConfig
 def train_resumably(
     engine: Any,
     objective: Objective,
-    batch_at: Callable[[int, int], Any],
+    batches_from: Callable[[int], Iterator[Any]],
     loop: LoopConfig,
     hooks: Sequence[Hook],
     *,
@@ -45,7 +46,7 @@ def train_resumably(
     run = {"description": description, "git_sha": read_git_sha(), "world_size": torch.distributed.get_world_size()}
     save = SaveCheckpoint(engine, checkpoints, checkpoint_interval, num_steps, run)
     try:
-        train(engine, objective, batch_at, loop, [*hooks, track, save], first_step)
+        train(engine, objective, batches_from, loop, [*hooks, track, save], first_step)
     finally:
         track.close()
 

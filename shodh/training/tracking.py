@@ -38,7 +38,9 @@ class Track:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / "metrics.jsonl").open("a")
-        self.bar = tqdm(total=num_steps, initial=first_step, desc=phase, unit="step", mininterval=1.0, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=num_steps, initial=first_step, desc=phase, unit="step", mininterval=1.0, dynamic_ncols=True
+        )
         self.run = _start_wandb(folder, phase, config)
 
     def after_step(self, record: StepRecord) -> None:
@@ -49,7 +51,9 @@ class Track:
             line = {"step": record.step, "phase": self.phase, "time": time.time(), **scalars}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-            self.run = _log_wandb(self.run, {f"{self.phase}/{key}": value for key, value in scalars.items()}, record.step)
+            self.run = _log_wandb(
+                self.run, {f"{self.phase}/{key}": value for key, value in scalars.items()}, record.step
+            )
         shown = {"loss": f"{scalars['loss']:.4f}", "tok/s": f"{scalars['tokens_per_second']:.0f}"}
         loads = [value for key, value in scalars.items() if key.startswith("load/")]
         if loads:

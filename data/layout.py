@@ -1,0 +1,289 @@
+"""The one layout that all data take: what a trajectory is, what a store holds, and a check that names what is wrong.
+
+One store = one domain = one Zarr v3 group on one grid. See ``docs/data_format.md``.
+
+    python -m data.layout STORE    prints one line per problem; exit code 1 if there is any
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from data.chunks import MEND, ArrayLayout, StoreError, check_files, read_attributes, read_chunk, read_whole
+from shodh.config import ConfigError, parse_config, to_plain
+from shodh.fields import DomainSpec, FieldSpec, Grid
+from shodh.physics.exterior import curl_of_faces, divergence_of_faces
+
+LAYOUT_VERSION = 1
+Split = Literal["train", "test"]
+
+PARAMETER_NAMES = {
+    "dt": "time between two snapshots",
+    "viscosity": "kinematic viscosity",
+    "frequency": "frequency of the source or of the forcing",
+    "porosity": "fraction of the volume that is pore space",
+}
+
+# Rounding a solenoidal field to FP32 leaves |div F| <= 6 · 2^-24 max|F|; projecting in FP32 adds some ten times that.
+MAX_DEFECT = 64 * float(np.finfo(np.float32).eps)
+
+
+class Trajectory(NamedTuple):
+    """One simulated or ingested trajectory on a staggered grid; velocity as flux or circulation, see DomainSpec."""
+
+    # float32 (t, 3, x, y, z) on lower faces: flux u·area (solenoidal, full) or circulation v·spacing (irrotational)
+    velocity: np.ndarray
+    pressure: np.ndarray  # float32 (t, x, y, z) in cells
+    medium: np.ndarray  # float32 (x, y, z) in cells, static
+    time: np.ndarray  # float64 (t,)
+    parameters: dict[str, float]  # the DomainSpec.parameters of this trajectory
+    seed: int
+    grid: Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePlan:
+    """What a store of fields is meant to hold, known before its first trajectory."""
+
+    domain: DomainSpec
+    num_trajectories: int
+    num_snapshots: int
+    num_test: int  # the last trajectories are the test split
+    shape: tuple[int, int, int]
+    solver: str
+    solver_version: str
+    config: dict[str, Any]  # what generated it
+    velocity_scale: float = 1.0  # physical = stored · scale: lattice values keep their exact sums (CF scale_factor)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_test < self.num_trajectories:
+            raise ValueError(
+                f"num_test={self.num_test}: of {self.num_trajectories} trajectories, at least one must be held out and "
+                "one left to train on. Change num_test or num_trajectories."
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk at most: the fields of turbulence hardly compress."""
+        cells = int(np.prod(self.shape))
+        return 4 * self.num_trajectories * cells * (4 * self.num_snapshots + 1)
+
+
+class StoreHeader(NamedTuple):
+    """What a store says of itself in its root attributes."""
+
+    plan: StorePlan
+    grid: Grid
+
+
+def split_trajectories(num_trajectories: int, num_test: int) -> dict[str, list[int]]:
+    """Which trajectories train and which test: by trajectory, never by snapshot, the last ``num_test`` held out."""
+    first_test = num_trajectories - num_test
+    return {"train": list(range(first_test)), "test": list(range(first_test, num_trajectories))}
+
+
+def header_attributes(header: StoreHeader) -> dict[str, Any]:
+    """The root attributes of a store of fields; ``parse_header`` of them gives the header back."""
+    plan = header.plan
+    return {
+        "kind": "fields",
+        "layout_version": LAYOUT_VERSION,
+        "Conventions": "CF-1.11",
+        "title": f"{plan.domain.name}: {plan.num_trajectories} trajectories of {plan.num_snapshots} snapshots",
+        **to_plain(plan),
+        "grid": to_plain(header.grid),
+        "split": split_trajectories(plan.num_trajectories, plan.num_test),
+    }
+
+
+def parse_header(attributes: dict[str, Any], source: str) -> StoreHeader:
+    """The header that root attributes stand for. Raises ConfigError for another kind or version of layout."""
+    require_kind(attributes, "fields", source)
+    known = {field.name for field in fields(StorePlan)}
+    plan = parse_config(StorePlan, {k: v for k, v in attributes.items() if k in known}, source=source)
+    grid = parse_config(Grid, attributes.get("grid", {}), source=f"{source}, grid")
+    if grid.shape != plan.shape:
+        raise ConfigError(f"store={source}: its grid is {grid.shape}, its plan {plan.shape}. {MEND}")
+    return StoreHeader(plan, grid)
+
+
+def require_kind(attributes: dict[str, Any], kind: str, source: str) -> None:
+    """Raise ConfigError unless the attributes are those of this kind and version of layout."""
+    if attributes.get("kind") != kind:
+        raise ConfigError(f"store={source}: holds {attributes.get('kind')!r}, not {kind!r}. Choose another folder.")
+    version = attributes.get("layout_version")
+    if version != LAYOUT_VERSION:
+        raise ConfigError(f"store={source}: layout version {version}, not {LAYOUT_VERSION}. Write it again.")
+
+
+def field_arrays(header: StoreHeader) -> dict[str, ArrayLayout]:
+    """Every array of a store of fields by name; chunks of the fields are single snapshots."""
+    plan, grid = header
+    domain, shape = plan.domain, grid.shape
+    dims, states = ("x", "y", "z"), (plan.num_trajectories, plan.num_snapshots)
+    velocity, pressure, medium = map(_describe, (domain.velocity, domain.pressure, domain.medium))
+    if plan.velocity_scale != 1:
+        velocity["scale_factor"] = plan.velocity_scale
+    arrays = [
+        _array(domain.velocity.name, ("trajectory", "time", "component", *dims), (*states, 3, *shape), 2, velocity),
+        _array(domain.pressure.name, ("trajectory", "time", *dims), (*states, *shape), 2, pressure),
+        _array(domain.medium.name, ("trajectory", *dims), (states[0], *shape), 1, medium),
+        *trajectory_arrays(domain, states),
+        *_coordinates(domain, shape),
+    ]
+    by_name = {array.name: array for array in arrays}
+    if len(by_name) < len(arrays):
+        raise ValueError(f"domain {domain.name}: two of its variables share one name: {[a.name for a in arrays]}.")
+    return by_name
+
+
+def latent_arrays(
+    domain: DomainSpec, latent_shape: tuple[int, ...], medium_shape: tuple[int, ...]
+) -> dict[str, ArrayLayout]:
+    """Every array of a cache of latents of shape (trajectory, time, c, x, y, z) and (trajectory, m, x, y, z)."""
+    dims = ("x", "y", "z")  # of latent cells
+    note = {"units": "1", "long_name": "whitened latent state"}
+    medium = {"units": "1", "long_name": "whitened latent of the medium"}
+    arrays = [
+        _array("latent", ("trajectory", "time", "channel", *dims), latent_shape, 2, note),
+        _array("medium", ("trajectory", "medium_channel", *dims), medium_shape, 1, medium),
+        *trajectory_arrays(domain, latent_shape[:2]),
+    ]
+    return {array.name: array for array in arrays}
+
+
+def trajectory_arrays(domain: DomainSpec, states: tuple[int, ...]) -> list[ArrayLayout]:
+    """What fields and latents both keep of a trajectory: time, seed and parameters, each a single chunk."""
+    time = {"units": _units(domain)[1], "long_name": "time since the first state", "standard_name": "time"}
+    if time["units"] == "1":
+        del time["standard_name"]  # CF keeps that name for a dimensional time
+    trajectory, count = ("trajectory",), states[:1]
+    return [
+        ArrayLayout("time", ("trajectory", "time"), states, states, "float64", time),
+        ArrayLayout("seed", trajectory, count, count, "int64", {"units": "1", "long_name": "seed of the random draws"}),
+        *(
+            ArrayLayout(name, trajectory, count, count, "float64", {"units": "1", "long_name": PARAMETER_NAMES[name]})
+            for name in domain.parameters
+        ),
+    ]
+
+
+def coordinate_values(grid: Grid) -> dict[str, np.ndarray]:
+    """Cell centres along x, y and z, and the component axis."""
+    centres = {
+        name: (np.arange(n) + 0.5) * h for name, n, h in zip(("x", "y", "z"), grid.shape, grid.spacing, strict=True)
+    }
+    return centres | {"component": np.arange(3)}
+
+
+def measure_defect(stored_velocity: np.ndarray, header: StoreHeader) -> float:
+    """Largest |div F| (solenoidal) or |curl v| (irrotational) over the largest |F|, evaluated in FP64; 0 for ``full``.
+
+    Also counts flux through lower walls, which must be 0. The operators are those of ``shodh.physics.exterior``.
+    """
+    velocity = torch.from_numpy(stored_velocity.astype(np.float64))
+    space, boundary = header.plan.domain.velocity_space, header.grid.boundary
+    defects = [velocity[i].select(i, 0) for i in range(3) if boundary[i] == "wall"]
+    if space == "solenoidal":
+        defects.append(divergence_of_faces(velocity, boundary))
+    elif space == "irrotational":
+        defects.append(curl_of_faces(velocity, boundary))
+    largest = velocity.abs().max().item()
+    return max((d.abs().max().item() for d in defects), default=0.0) / largest if largest > 0 else 0.0
+
+
+def check(path: str | Path, deep: bool = True) -> list[str]:
+    """What is wrong with a store of fields, one line each (what, where, how to mend); empty for a sound store.
+
+    Shallow: header, arrays, the presence and size of every chunk. ``deep`` reads every byte: digests, finite values,
+    divergence or curl of the velocity.
+    """
+    path = Path(path)
+    partial = partial_folder(path)
+    if not path.is_dir():
+        if partial.is_dir():
+            return [f"store={path}: incomplete, see {partial.name}. Run the command that writes it again to continue."]
+        return [f"store={path}: no such folder. Generate or ingest it first."]
+    try:
+        header = parse_header(read_attributes(path), str(path))
+        arrays = field_arrays(header)
+    except (StoreError, ValueError) as error:
+        return [str(error)]
+    problems = check_files(path, list(arrays.values()), deep=deep)
+    return problems or (_check_values(path, header, arrays) if deep else [])
+
+
+def partial_folder(path: Path) -> Path:
+    """Where a store lives until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def _array(name: str, dims: tuple[str, ...], shape: tuple[int, ...], num_single: int, attributes: dict) -> ArrayLayout:
+    """A float32 array whose chunks have length 1 along the first ``num_single`` axes and are whole along the others."""
+    chunk = (1,) * num_single + tuple(shape[num_single:])
+    return ArrayLayout(name, dims, tuple(shape), chunk, "float32", attributes)
+
+
+def _describe(spec: FieldSpec) -> dict[str, Any]:
+    location = "lower faces normal to the component" if spec.location == "face" else "cells"
+    return {"units": spec.units, "long_name": spec.long_name, "location": location}
+
+
+def _coordinates(domain: DomainSpec, shape: tuple[int, int, int]) -> list[ArrayLayout]:
+    length = _units(domain)[0]
+    axes = []
+    for name, n in zip(("x", "y", "z"), shape, strict=True):
+        centre = {"units": length, "long_name": f"cell centre along {name}", "axis": name.upper()}
+        axes.append(ArrayLayout(name, (name,), (n,), (n,), "float64", centre))
+    meaning = {"units": "1", "long_name": "axis", "flag_values": [0, 1, 2], "flag_meanings": "x y z"}
+    return [*axes, ArrayLayout("component", ("component",), (3,), (3,), "int64", meaning)]
+
+
+def _units(domain: DomainSpec) -> tuple[str, str]:
+    """Units of length and time: SI as soon as one field has a dimension, else 1."""
+    dimensional = any(spec.units != "1" for spec in (domain.velocity, domain.pressure, domain.medium))
+    return ("m", "s") if dimensional else ("1", "1")
+
+
+def _check_values(path: Path, header: StoreHeader, arrays: dict[str, ArrayLayout]) -> list[str]:
+    plan, problems = header.plan, []
+    for name in ("time", *plan.domain.parameters):
+        if not np.isfinite(read_whole(path, arrays[name])).all():
+            problems.append(f"{path}: {name} is not finite. {MEND}")
+    for spec in (plan.domain.velocity, plan.domain.pressure, plan.domain.medium):
+        for index in arrays[spec.name].chunk_indices():
+            values = read_chunk(path, arrays[spec.name], index)
+            where = f"{path}: {spec.name} of trajectory {index[0]}" + (
+                f", snapshot {index[1]}," if spec is not plan.domain.medium else ""
+            )
+            if not np.isfinite(values).all():
+                problems.append(f"{where} is not finite. {MEND}")
+            elif spec is plan.domain.velocity:
+                problems += describe_defect(where, measure_defect(values[0, 0], header), header)
+    return problems
+
+
+def describe_defect(where: str, defect: float, header: StoreHeader) -> list[str]:
+    """One line if the defect of a stored velocity exceeds FP32 round-off, else nothing."""
+    if defect <= MAX_DEFECT:
+        return []
+    name = "curl" if header.plan.domain.velocity_space == "irrotational" else "divergence (or flux through a wall)"
+    size = f"{defect:.1e} of its largest value, limit {MAX_DEFECT:.1e}"
+    return [f"{where} has {name} {size}. Project it where it is made."]
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print("usage: python -m data.layout STORE", file=sys.stderr)
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    problems = check(arguments[0])
+    print("\n".join(problems) or f"{arguments[0]}: sound")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,266 @@
+"""Batches from several domains: a pure function of (step, micro step), so training resumes anywhere without state.
+
+Samples are drawn without replacement: each domain is gone through in a new random order per epoch. A global batch is
+the same whatever the number of ranks; a rank takes its slice of it.
+"""
+
+import bisect
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.latents import LatentStore
+from data.layout import Split
+from data.reader import Store
+from data.statistics import FieldStatistics
+from shodh.config import ConfigError
+from shodh.fields import FieldBatch, LatentBatch
+
+T = TypeVar("T")
+Arrays = tuple[np.ndarray, ...]
+
+NUM_STATES = 3  # previous, current, following
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """How batches are drawn."""
+
+    batch_size: int  # samples per micro step over all ranks
+    accumulation: int = 1  # micro steps per step
+    seed: int = 0
+    weights: tuple[float, ...] = ()  # per domain, in the order of the stores; empty means equal
+    split: Split = "train"
+    augment: bool = False  # random translations along periodic axes (fields only)
+    cache_bytes: int = 2**30  # memory for what was read once
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
+        positive = [weight for weight in self.weights if weight > 0]
+        if self.weights and (min(self.weights) < 0 or not positive):
+            raise ValueError(f"weights={self.weights}: none may be negative and one must be positive. Change them.")
+        if positive and max(positive) > 1000 * min(positive):
+            raise ValueError(f"weights={self.weights}: they differ more than 1000-fold. Leave that domain out.")
+
+
+class FieldMixture:
+    """Batches of snapshots of one domain at a time, normalised; domains take turns by weight."""
+
+    def __init__(self, stores: Sequence[Store], statistics: Sequence[FieldStatistics], config: MixtureConfig):
+        self.stores, self.statistics, self.config = list(stores), list(statistics), config
+        if len(self.stores) != len(self.statistics):
+            raise ConfigError(f"statistics: {len(self.statistics)} for {len(self.stores)} stores. Give one per store.")
+        self._turns = _Turns(_weights(config.weights, len(self.stores)))
+        self._states = [_states(store, config.split, 1) for store in self.stores]
+        self._cache = _Cache(config.cache_bytes)
+
+    def batch(self, step: int, micro_step: int = 0, rank: int = 0, world: int = 1) -> FieldBatch:
+        """This rank's part of the batch of a micro step."""
+        config = self.config
+        turn = step * config.accumulation + micro_step
+        domain = self._turns.domain(turn)
+        first = self._turns.count_before(turn, domain) * config.batch_size
+        samples = [self._sample(domain, first + i) for i in rank_slice(config.batch_size, rank, world)]
+        velocity, pressure, medium = (torch.stack(parts) for parts in zip(*samples, strict=True))
+        scale = self.statistics[domain]
+        return FieldBatch(
+            velocity=velocity / scale.velocity_scale,
+            pressure=pressure / scale.pressure_scale,
+            medium=(medium - scale.medium_mean) / scale.medium_scale,
+            domain=self.stores[domain].domain,
+            grid=self.stores[domain].grid,
+        )
+
+    def _sample(self, domain: int, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Velocity (3, x, y, z), pressure and medium (1, x, y, z) of the domain's ``position``-th sample."""
+        store, states = self.stores[domain], self._states[domain]
+        trajectory, time = states[_shuffled(position, len(states), (self.config.seed, domain))]
+        velocity, pressure = self._cache.get((domain, trajectory, time), lambda: store.snapshot(trajectory, time))
+        (medium,) = self._cache.get((domain, trajectory), lambda: (store.medium(trajectory),))
+        fields = torch.from_numpy(velocity), torch.from_numpy(pressure)[None], torch.from_numpy(medium)[None]
+        if not self.config.augment:
+            return fields
+        shifts = _random_shifts(store, (self.config.seed, domain, 1, position))
+        u, p, m = (torch.roll(field, shifts, (-3, -2, -1)) for field in fields)
+        return u, p, m
+
+
+class LatentMixture:
+    """Batches of three successive latent states; every batch holds all domains, in the proportion of their weights."""
+
+    def __init__(self, stores: Sequence[LatentStore], config: MixtureConfig):
+        self.stores, self.config = list(stores), config
+        shapes = {(s.header.latent_shape[2:], s.header.medium_shape[1:]) for s in self.stores}
+        if len(shapes) > 1:
+            raise ConfigError(f"latents: shapes differ between domains, {sorted(shapes)}. Use one tokenizer.")
+        self._turns = _Turns(_weights(config.weights, len(self.stores)))
+        self._states = [_states(store, config.split, NUM_STATES) for store in self.stores]
+        self._cache = _Cache(config.cache_bytes)
+
+    def batch(self, step: int, micro_step: int = 0, rank: int = 0, world: int = 1) -> LatentBatch:
+        """This rank's part of the batch of a micro step."""
+        config = self.config
+        first = (step * config.accumulation + micro_step) * config.batch_size
+        turns = [first + i for i in rank_slice(config.batch_size, rank, world)]
+        domains = [self._turns.domain(turn) for turn in turns]
+        samples = [self._sample(d, self._turns.count_before(turn, d)) for turn, d in zip(turns, domains, strict=True)]
+        previous, current, following, medium, parameters = (
+            torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True)
+        )
+        return LatentBatch(previous, current, following, medium, parameters, torch.tensor(domains))
+
+    def _sample(self, domain: int, position: int) -> Arrays:
+        store, states = self.stores[domain], self._states[domain]
+        trajectory, start = states[_shuffled(position, len(states), (self.config.seed, domain))]
+        latents = [self._latent(domain, trajectory, start + t) for t in range(NUM_STATES)]
+        (medium,) = self._cache.get((domain, trajectory), lambda: (store.medium(trajectory),))
+        return *latents, medium, store.parameters(trajectory)
+
+    def _latent(self, domain: int, trajectory: int, time: int) -> np.ndarray:
+        store = self.stores[domain]
+        return self._cache.get((domain, trajectory, time), lambda: (store.latent(trajectory, time),))[0]
+
+
+def stream(
+    mixture: FieldMixture | LatentMixture, first_step: int, device: torch.device, rank: int = 0, world: int = 1
+) -> Generator[FieldBatch | LatentBatch]:
+    """This rank's micro-batches in order from ``first_step`` on, made ahead in a thread and moved to ``device``."""
+
+    def produce() -> Iterator[FieldBatch | LatentBatch]:
+        for step in count(first_step):
+            for micro_step in range(mixture.config.accumulation):
+                yield mixture.batch(step, micro_step, rank, world)
+
+    with closing(prefetch(produce)) as batches:
+        for batch in batches:
+            yield batch.to(device)
+
+
+def rank_slice(batch_size: int, rank: int, world: int) -> range:
+    """Which samples of the global batch a rank takes. Raises ConfigError unless all ranks take equally many."""
+    if batch_size % world:
+        raise ConfigError(f"batch_size={batch_size}: not a multiple of the {world} ranks. Change it.")
+    share = batch_size // world
+    return range(rank * share, (rank + 1) * share)
+
+
+def prefetch(produce: Callable[[], Iterable[T]], depth: int = 2) -> Generator[T]:
+    """The items of ``produce()``, made ahead in a thread, ``depth`` at most waiting; its errors are raised here.
+
+    To resume, let ``produce`` begin at another step. Closing the iterator ends the thread.
+    """
+    ready: queue.Queue[T | _Stop] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def offer(item: T | _Stop) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in produce():
+                offer(item)
+                if closed.is_set():
+                    return
+            offer(_Stop(None))
+        except BaseException as error:  # noqa: BLE001  handed over whole and raised by the consumer
+            offer(_Stop(error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _Stop):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        closed.set()
+        thread.join()
+
+
+class _Stop(NamedTuple):
+    """Why the items end."""
+
+    error: BaseException | None
+
+
+class _Turns:
+    """Whose turn it is: each domain in proportion to its weight and as evenly as can be; equal weights take turns."""
+
+    def __init__(self, weights: Sequence[float]):
+        smallest = min(w for w in weights if w > 0)
+        counts = [round(100 * w / smallest) for w in weights]  # per cycle: weights to half a percent
+        due = sorted(((k + 0.5) / n, d) for d, n in enumerate(counts) for k in range(n))
+        self._cycle = [d for _, d in due]
+        self._places = [[place for place, owner in enumerate(self._cycle) if owner == d] for d in range(len(weights))]
+
+    def domain(self, turn: int) -> int:
+        return self._cycle[turn % len(self._cycle)]
+
+    def count_before(self, turn: int, domain: int) -> int:
+        """How many turns the domain had before this one."""
+        cycles, place = divmod(turn, len(self._cycle))
+        return cycles * len(self._places[domain]) + bisect.bisect_left(self._places[domain], place)
+
+
+class _Cache:
+    """Keeps what was read until the memory is full; nothing is evicted, as every item is used equally often."""
+
+    def __init__(self, limit: int):
+        self._left, self._items = limit, dict[tuple[int, ...], Arrays]()
+
+    def get(self, key: tuple[int, ...], read: Callable[[], Arrays]) -> Arrays:
+        item = self._items.get(key)
+        if item is None:
+            item = read()
+            size = sum(array.nbytes for array in item)
+            if size <= self._left:
+                self._items[key] = item
+                self._left -= size
+        return item
+
+
+def _weights(weights: tuple[float, ...], num_domains: int) -> tuple[float, ...]:
+    if num_domains == 0 or len(weights) not in (0, num_domains):
+        raise ConfigError(f"weights={weights}: there are {num_domains} domains. Give one weight per domain.")
+    return weights or (1.0,) * num_domains
+
+
+def _states(store: Store | LatentStore, split: Split, num_successive: int) -> list[tuple[int, int]]:
+    """Every (trajectory, first time) of a split that is followed by enough snapshots."""
+    starts = range(store.num_snapshots - num_successive + 1)
+    states = [(i, t) for i in store.trajectories(split) for t in starts]
+    if not states:
+        raise ConfigError(f"store={store.path}: no {num_successive} successive snapshots. Generate more.")
+    return states
+
+
+def _random_shifts(store: Store, key: tuple[int, ...]) -> list[int]:
+    """Cells by which a sample is moved along x, y, z: 0 unless that axis is periodic."""
+    draws = np.random.default_rng(key).integers(store.grid.shape)
+    return [int(n) if b == "periodic" else 0 for n, b in zip(draws, store.grid.boundary, strict=True)]
+
+
+def _shuffled(position: int, num: int, key: tuple[int, ...]) -> int:
+    """The item at ``position`` of an endless sequence that goes through all ``num`` in a new order per epoch."""
+    epoch, place = divmod(position, num)
+    return int(_permutation(num, (*key, 0, epoch))[place])
+
+
+@lru_cache(maxsize=64)
+def _permutation(num: int, key: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(key).permutation(num)

@@ -1,0 +1,61 @@
+"""Pretrain the mixture-of-experts latent transformer on all domains; killed at any time, the same command continues.
+
+deepspeed --num_accelerators 2 launch/pretrain.py configs/pretrain/quickstart.yaml [key=value ...]
+"""
+
+from shodh.command_line import run, split_arguments
+
+
+def main(arguments: list[str]) -> None:
+    path, overrides = split_arguments(arguments, "launch/pretrain.py CONFIG.yaml [key=value ...]")
+    import torch
+    from parts import hold_out, open_tokenized
+    from settings import Pretraining, mixture_config
+
+    from data.mixture import LatentMixture, stream
+    from shodh.config import load_config, to_plain
+    from shodh.evaluation.hooks import MeasureDivergence, MeasureForecast, MeasureRollout, MeasureRouting
+    from shodh.model.transformer import LatentTransformer, count_parameters
+    from shodh.training.engine import build_engine, distributed
+    from shodh.training.objectives import ForecastObjective
+    from shodh.training.run import train_resumably
+
+    config = load_config(Pretraining, path, overrides)
+    tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
+    with distributed(config.engine.threads_per_rank) as group:
+        mixture = LatentMixture(latents, mixture_config(config.engine, config.loop))
+        torch.manual_seed(config.loop.seed)
+        model = LatentTransformer(config.model)
+        engine = build_engine(model, config.engine, group.device)
+        probes = [hold_out(tokenizer, *pair) for pair in zip(stores, latents, strict=True)] if group.rank == 0 else []
+        total, active = count_parameters(model)
+        train_resumably(
+            engine,
+            ForecastObjective(config.objective),
+            lambda step: stream(mixture, step, group.device, group.rank, group.size),
+            config.loop,
+            hooks=[
+                MeasureRouting(config.domains, config.tracking.interval),
+                MeasureForecast(model, probes, config.measure_interval),
+                MeasureDivergence(model, probes, config.measure_interval),
+                MeasureRollout(model, probes, config.measure_interval),
+            ],
+            folder=config.run,
+            phase="pretrain",
+            description={
+                "config": to_plain(config),
+                "data": {s.domain.name: s.digest for s in latents},
+                "tokenizer": tokenizer.digest,
+                "parameters": {"total": total, "active": active},
+            },
+            checkpoint_interval=config.checkpoint_interval,
+            tracking=config.tracking,
+            tokens_per_step=config.engine.batch_size
+            * config.engine.accumulation
+            * latents[0].cells_per_state
+            // config.model.patch**3,
+        )
+
+
+if __name__ == "__main__":
+    run(main)

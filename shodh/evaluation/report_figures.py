@@ -1,0 +1,196 @@
+"""The report's figures as HTML: field slices, expert maps, curves over training, errors of rollouts.
+
+Each is drawn twice, for a light and for a dark page. No pyplot, so no global state and no display.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from shodh.evaluation.report_page import figure
+
+# Okabe and Ito's colours, which most colour-blind readers tell apart, then four more.
+EXPERT_COLOURS = (
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f"),
+    *("#6a3d9a", "#b15928", "#a6d854", "#1b9e9e"),
+)
+
+
+class Theme(NamedTuple):
+    """Colours of a page's ink, panel and faint lines, as in the page's style."""
+
+    ink: str
+    panel: str
+    line: str
+
+
+LIGHT, DARK = Theme("#1b2330", "#ffffff", "#dde1e8"), Theme("#e6eaf0", "#1a2029", "#2e3744")
+CURVE_SIZE = 4.2, 2.7  # inches
+MAX_POINTS = 2000  # of a curve; more than that no screen shows
+
+
+def draw_image(
+    image: np.ndarray, caption: str, limits: tuple[float, float] | None = None, colour_map: str = "viridis"
+) -> str:
+    """A slice (x, y) with x to the right and y up, and its colour bar; own limits unless given."""
+
+    def draw(canvas: Figure, theme: Theme) -> None:
+        low, high = limits or (float(image.min()), float(image.max()))
+        axes, bar = canvas.add_axes((0, 0, 0.83, 1)), canvas.add_axes((0.845, 0, 0.03, 1))
+        shown = axes.imshow(image.T, origin="lower", cmap=colour_map, vmin=low, vmax=high, interpolation="nearest")
+        axes.set_axis_off()
+        ticks = MaxNLocator(4, prune="both").tick_values(low, high)
+        canvas.colorbar(shown, cax=bar, ticks=[t for t in ticks if low <= t <= high]).outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        bar.tick_params(colors=theme.ink, labelsize=9, pad=2, length=2)
+
+    height, width = _image_size(image.shape)
+    return _render(draw, caption, (width / 0.83, height))
+
+
+def draw_experts(expert: np.ndarray, background: np.ndarray | None, caption: str) -> str:
+    """The expert of every token of a slice (x, y) by colour, with contours of the field it acts on."""
+    colours = np.array([to_rgb(c) for c in EXPERT_COLOURS])[expert % len(EXPERT_COLOURS)]
+
+    def draw(canvas: Figure, theme: Theme) -> None:
+        axes = canvas.add_axes((0, 0, 1, 1))
+        axes.imshow(colours.transpose(1, 0, 2), origin="lower", extent=(0, 1, 0, 1), aspect="auto")
+        if background is not None and np.ptp(background) > 0:
+            centres = ((np.arange(n) + 0.5) / n for n in background.shape)
+            levels = np.unique(np.quantile(background, (0.1, 0.5, 0.9)))
+            widths = (0.6, 0.8, 1.1)
+            axes.contour(*centres, background.T, levels, colors="black", linewidths=widths, linestyles="solid")
+        axes.set_axis_off()
+
+    height, width = _image_size(expert.shape if background is None else background.shape)
+    return _render(draw, caption, (width, height))
+
+
+def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], caption: str, *, smooth: bool = False) -> str:
+    """Values over steps, one line a name; ``smooth`` adds running medians, and a log scale if the first is positive."""
+
+    def draw(canvas: Figure, theme: Theme) -> None:
+        axes = _add_axes(canvas, theme)
+        for i, (name, (steps, value)) in enumerate(curves.items()):
+            colour = EXPERT_COLOURS[i % len(EXPERT_COLOURS)]
+            finite = np.isfinite(value)
+            steps, value = _thin(steps[finite]), _thin(value[finite])
+            if smooth and len(value) >= 20:
+                axes.plot(steps, value, color=colour, linewidth=0.8, alpha=0.3)
+                value = _running_median(value, len(value) // 20)
+            axes.plot(steps, value, color=colour, linewidth=1.7, label=name, marker="o" if len(value) == 1 else None)
+        if smooth and not np.any(next(iter(curves.values()))[1] <= 0):
+            _use_log_scale(axes)
+        axes.set_xlabel("step", color=theme.ink, fontsize=9)
+        if len(curves) > 1:
+            _add_legend(axes, theme)
+
+    return _render(draw, caption, CURVE_SIZE)
+
+
+def draw_loads(steps: np.ndarray, loads: np.ndarray, caption: str) -> str:
+    """The share of tokens (step, expert) of each expert over training, stacked in the experts' colours."""
+
+    def draw(canvas: Figure, theme: Theme) -> None:
+        axes = _add_axes(canvas, theme)
+        colours = [EXPERT_COLOURS[i % len(EXPERT_COLOURS)] for i in range(loads.shape[1])]
+        axes.stackplot(_thin(steps), _thin(loads).T, colors=colours, linewidth=0)
+        axes.set_ylim(0, 1)
+        axes.margins(x=0)
+        axes.set_xlabel("step", color=theme.ink, fontsize=9)
+
+    return _render(draw, caption, CURVE_SIZE)
+
+
+def draw_rollout(rollout: Mapping[str, Any], caption: str) -> str | None:
+    """VRMSE of rollout, persistence and the tokenizer's floor: lines per step, or bars if only spans are there."""
+    kinds = {"model": "vrmse", "persistence": "persistence_vrmse", "true latents decoded": "decoded_truth_vrmse"}
+    lines = {name: rollout[f"{key}_per_step"] for name, key in kinds.items() if rollout.get(f"{key}_per_step")}
+    spans = {name: rollout[key] for name, key in kinds.items() if rollout.get(key)}
+    if not lines and not spans:
+        return None
+    names = list(kinds)
+
+    def draw(canvas: Figure, theme: Theme) -> None:
+        axes = _add_axes(canvas, theme)
+        for name, values in lines.items():
+            height = np.array([np.nan if v is None else v for v in values], dtype=float)
+            colour = EXPERT_COLOURS[names.index(name)]
+            axes.plot(np.arange(1, len(height) + 1), height, color=colour, label=name, marker="o", markersize=3.5)
+        if lines:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel("predicted step", color=theme.ink, fontsize=9)
+        else:
+            _draw_bars(axes, spans, names)
+        axes.set_ylim(bottom=0)
+        _add_legend(axes, theme)
+
+    return _render(draw, caption, CURVE_SIZE)
+
+
+def _draw_bars(axes: Axes, spans: Mapping[str, Mapping[str, float | int | None]], names: Sequence[str]) -> None:
+    labels = list(next(iter(spans.values())))
+    width = 0.8 / len(spans)
+    for i, (name, span) in enumerate(spans.items()):
+        height = [span.get(label) or 0.0 for label in labels]
+        where = np.arange(len(labels)) + (i - (len(spans) - 1) / 2) * width
+        axes.bar(where, height, width=0.92 * width, color=EXPERT_COLOURS[names.index(name)], label=name)
+    axes.set_xticks(range(len(labels)), [f"step {label}" if label != "last" else "last step" for label in labels])
+
+
+def _render(draw: Callable[[Figure, Theme], None], caption: str, size: tuple[float, float]) -> str:
+    pictures = []
+    for theme in (LIGHT, DARK):
+        canvas = Figure(figsize=size, dpi=120, facecolor=theme.panel)
+        FigureCanvasAgg(canvas)
+        draw(canvas, theme)
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png")
+        pictures.append(base64.b64encode(buffer.getvalue()).decode())
+    return figure(pictures[0], pictures[1], caption)
+
+
+def _image_size(shape: Sequence[int]) -> tuple[float, float]:
+    """Inches (height, width) for an image of this aspect ratio, no flatter than a strip and no taller than 5:4."""
+    return 2.7 * min(max(shape[1] / shape[0], 0.3), 1.25), 2.7
+
+
+def _add_axes(canvas: Figure, theme: Theme) -> Axes:
+    canvas.set_layout_engine("constrained")
+    axes = canvas.add_subplot(facecolor=theme.panel)
+    axes.tick_params(which="both", colors=theme.ink, labelsize=9, length=3)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(theme.line)
+    axes.grid(color=theme.line, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _use_log_scale(axes: Axes) -> None:
+    """A logarithmic axis labelled with plain numbers, at 1, 2 and 5 of each decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _add_legend(axes: Axes, theme: Theme) -> None:
+    style = {"fontsize": 9, "labelcolor": theme.ink, "frameon": False, "columnspacing": 1.2}
+    axes.figure.legend(loc="outside upper left", ncols=4, **style)
+
+
+def _thin(values: np.ndarray) -> np.ndarray:
+    return values[:: max(1, -(-len(values) // MAX_POINTS))]
+
+
+def _running_median(values: np.ndarray, half_width: int) -> np.ndarray:
+    padded = np.pad(values, half_width, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half_width + 1), axis=-1)

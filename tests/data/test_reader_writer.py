@@ -1,0 +1,208 @@
+"""What is written is read back to the last bit; what is damaged raises; what was interrupted continues."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.chunks import StoreError
+from data.layout import check
+from data.reader import open_store
+from data.writer import write_store
+from shodh.config import ConfigError
+from shodh.fields import PARAMETERS
+
+
+def test_velocity_is_flux_over_face_area_or_circulation_over_spacing(stores, channel, sound):
+    flux, circulation = stores.trajectory(channel.plan, 1).velocity[2], stores.trajectory(sound.plan, 1).velocity[2]
+    hx, hy, hz = 0.5, 0.25, 2.0  # powers of two, so that division is exact
+    for i, area in enumerate((hy * hz, hx * hz, hx * hy)):
+        np.testing.assert_array_equal(channel.snapshot(1, 2)[0][i], flux[i] / np.float32(area))
+    for i, spacing in enumerate((hx, hy, hz)):
+        np.testing.assert_array_equal(sound.snapshot(1, 2)[0][i], circulation[i] / np.float32(spacing))
+
+
+def test_pressure_medium_time_and_parameters_come_back_to_the_last_bit(stores, channel):
+    for i in range(channel.num_trajectories):
+        expected = stores.trajectory(channel.plan, i)
+        np.testing.assert_array_equal(channel.medium(i), expected.medium)
+        np.testing.assert_array_equal(channel.time(i), expected.time)
+        wanted = [np.float32(expected.parameters.get(name, 0)) for name in PARAMETERS]
+        np.testing.assert_array_equal(channel.parameters(i), wanted)
+        for t in range(channel.num_snapshots):
+            velocity, pressure = channel.snapshot(i, t)
+            np.testing.assert_array_equal(pressure, expected.pressure[t])
+            assert velocity.dtype == pressure.dtype == np.float32 and velocity.flags.writeable
+
+
+def test_indices_outside_the_store_raise(channel):
+    for trajectory, time in ((4, 0), (0, 5), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError):
+            channel.snapshot(trajectory, time)
+
+
+def test_no_flipped_bit_and_no_truncation_of_a_chunk_changes_what_is_read(stores, tmp_path):
+    store = stores.make(tmp_path / "a", "channel", shape=(2, 3, 4), num_trajectories=2, num_snapshots=1)
+    file = store.path / "pressure/c/0/0/0/0/0"
+    sound, expected = file.read_bytes(), store.snapshot(0, 0)[1]
+    silent = 0
+    for bit in range(8 * len(sound)):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(store.snapshot(0, 0)[1], expected)
+            silent += 1
+        except StoreError:
+            pass
+    assert silent <= 2  # the header's unused bit and, in a tiny frame, its single-segment flag: the values are the same
+    for length in range(len(sound)):
+        file.write_bytes(sound[:length])
+        with pytest.raises(StoreError):
+            store.snapshot(0, 0)
+
+
+def test_a_missing_chunk_raises_and_is_named(channel):
+    (channel.path / "flux/c/1/2/0/0/0/0").unlink()
+    with pytest.raises(StoreError, match="flux/c/1/2/0/0/0/0: cannot be read"):
+        channel.snapshot(1, 2)
+
+
+def test_a_store_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        open_store(tmp_path / "nothing")
+
+
+def _interrupted(simulate, after):
+    def simulate_some(indices):
+        for count, item in enumerate(simulate(indices)):
+            if count == after:
+                raise RuntimeError("blown up")
+            yield item
+
+    return simulate_some
+
+
+def _recording(simulate, asked):
+    def simulate_all(indices):
+        asked.extend(indices)
+        return simulate(indices)
+
+    return simulate_all
+
+
+def test_an_interrupted_store_continues_and_ends_with_the_digest_of_an_uninterrupted_one(stores, tmp_path):
+    plan, asked = stores.plan("channel"), []
+    simulate = stores.simulate(plan)
+    with pytest.raises(RuntimeError, match="blown up"):
+        write_store(tmp_path / "a", plan, _interrupted(simulate, after=2))
+    with pytest.raises(ConfigError, match="incomplete, see a.partial"):
+        open_store(tmp_path / "a")
+    continued = write_store(tmp_path / "a", plan, _recording(simulate, asked))
+    assert asked == [2, 3] and continued.num_written == 2
+    assert continued.digest == write_store(tmp_path / "b", plan, simulate).digest
+    assert check(tmp_path / "a") == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_was_damaged_while_interrupted_is_simulated_again(stores, tmp_path):
+    plan, asked = stores.plan("channel"), []
+    simulate = stores.simulate(plan)
+    with pytest.raises(RuntimeError):
+        write_store(tmp_path / "a", plan, _interrupted(simulate, after=3))
+    (tmp_path / "a.partial/flux/c/0/1/0/0/0/0").write_bytes(b"torn")
+    with open(tmp_path / "a.partial/.journal.jsonl", "r+b") as journal:
+        journal.truncate(journal.seek(0, os.SEEK_END) - 10)  # tears the line about trajectory 2
+    write_store(tmp_path / "a", plan, _recording(simulate, asked))
+    assert asked == [0, 2, 3] and check(tmp_path / "a") == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import conftest
+from data.writer import write_store
+plan = conftest.make_plan("channel")
+def simulate(indices):
+    for i in indices:
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield i, conftest.make_trajectory(plan, i)
+write_store(Path(sys.argv[2]), plan, simulate)
+"""
+
+
+def test_a_killed_process_leaves_its_finished_trajectories(stores, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "a")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    plan, asked = stores.plan("channel"), []
+    write_store(tmp_path / "a", plan, _recording(stores.simulate(plan), asked))
+    assert asked == [2, 3] and check(tmp_path / "a") == []
+
+
+def test_a_complete_store_is_left_alone(stores, channel):
+    written = write_store(channel.path, channel.plan, lambda indices: pytest.fail("simulated again"))
+    assert written == (channel.digest, 0)
+
+
+def test_another_config_is_refused_naming_the_value(stores, channel, tmp_path):
+    plan = stores.plan("channel", config={"seed": 8, "ranges": [1.0, 2.0]})
+    with pytest.raises(ConfigError, match="config.seed is 7 in channel, 8 now"):
+        write_store(channel.path, plan, stores.simulate(plan))
+    with pytest.raises(RuntimeError):
+        write_store(tmp_path / "half", channel.plan, _interrupted(stores.simulate(channel.plan), after=1))
+    with pytest.raises(ConfigError, match="config.seed is 7 in half.partial, 8 now"):
+        write_store(tmp_path / "half", plan, stores.simulate(plan))
+
+
+def test_a_store_larger_than_the_disk_is_refused_before_it_starts(stores, tmp_path):
+    plan = stores.plan("channel", shape=(2048, 2048, 2048), num_trajectories=10**6)
+    with pytest.raises(ConfigError, match=r"needs \S+ GB, \S+ GB are free"):
+        write_store(tmp_path / "a", plan, lambda indices: pytest.fail("simulated"))
+
+
+def test_the_forecast_of_the_size_is_that_on_disk(stores, tmp_path):
+    store = stores.make(tmp_path / "a", "channel", shape=(16, 16, 16))
+    on_disk = sum(p.stat().st_size for p in store.path.rglob("c/**/*") if p.is_file())
+    assert 0.8 * store.plan.num_bytes < on_disk < 1.02 * store.plan.num_bytes
+
+
+def test_two_writers_of_one_store_exclude_each_other(stores, tmp_path):
+    plan = stores.plan("channel")
+
+    def simulate(indices):
+        with pytest.raises(ConfigError, match="another process is writing it"):
+            write_store(tmp_path / "a", plan, stores.simulate(plan))
+        return stores.simulate(plan)(indices)
+
+    assert write_store(tmp_path / "a", plan, simulate).num_written == 4
+
+
+def _spoil(trajectory, kind):
+    velocity = trajectory.velocity.copy()
+    if kind == "not finite":
+        velocity[1, 0, 0, 1, 0] = np.nan
+    elif kind == "must be float32":
+        velocity = velocity.astype(np.float64)
+    elif kind == "divergence":
+        velocity[1, 0, 1, 1, 1] += 1e-3
+    else:
+        return trajectory._replace(parameters={})
+    return trajectory._replace(velocity=velocity)
+
+
+@pytest.mark.parametrize("kind", ["not finite", "must be float32", "divergence", "its parameters are"])
+def test_a_trajectory_that_breaks_the_layout_is_refused_by_name(kind, stores, tmp_path):
+    plan = stores.plan("channel")
+    with pytest.raises(RuntimeError, match=f"trajectory 3.*{kind}"):
+        write_store(tmp_path / "a", plan, lambda indices: iter([(3, _spoil(stores.trajectory(plan, 3), kind))]))
+
+
+def test_no_trajectory_may_be_all_of_a_split(stores):
+    with pytest.raises(ValueError, match="num_test=4"):
+        stores.plan("channel", num_test=4)

@@ -1,0 +1,95 @@
+"""The latent transformer: starts at persistence, sees physics only, and can learn."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+
+from shodh.fields import PARAMETERS, LatentBatch
+from shodh.model.embedding import from_tokens, rotary_angles, rotate, to_tokens
+from shodh.model.transformer import LatentTransformer, TransformerConfig, count_parameters
+
+SMALL = TransformerConfig(
+    latent_channels=4, medium_channels=2, width=24, depth=2, num_heads=2, num_experts=4, hidden=16
+)
+
+
+def make_batch(num: int = 6, n: int = 4) -> LatentBatch:
+    states = torch.randn(3, num, 4, n, n, n)
+    return LatentBatch(*states, torch.randn(num, 2, n, n, n), torch.rand(num, len(PARAMETERS)), torch.arange(num) % 3)
+
+
+def make_model(config: TransformerConfig = SMALL) -> LatentTransformer:
+    model = LatentTransformer(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def predict(model: LatentTransformer, batch: LatentBatch):
+    return model(batch.previous, batch.current, batch.medium, batch.parameters)
+
+
+def test_untrained_model_predicts_persistence():
+    batch = make_batch()
+    assert torch.equal(predict(LatentTransformer(SMALL), batch).latent, batch.current)
+
+
+def test_permuting_domain_labels_leaves_predictions_bit_identical():
+    model, batch = make_model(), make_batch()
+    expected = predict(model, batch)
+    assert "domain" not in " ".join(inspect.signature(model.forward).parameters)
+    for labels in itertools.permutations(range(3)):
+        relabelled = batch._replace(domain=torch.tensor(labels)[batch.domain])
+        found = predict(model, relabelled)
+        assert torch.equal(found.latent, expected.latent)
+        assert all(torch.equal(f.expert, e.expert) for f, e in zip(found.routings, expected.routings, strict=True))
+
+
+def test_samples_of_a_batch_do_not_see_each_other():
+    model, batch = make_model(), make_batch()
+    alone = LatentBatch(*(field[:1] for field in batch))
+    torch.testing.assert_close(predict(model, alone).latent, predict(model, batch).latent[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_and_medium_and_past_all_matter():
+    model, batch = make_model(), make_batch()
+    expected = predict(model, batch).latent
+    for name in ("previous", "medium", "parameters"):
+        changed = batch._replace(**{name: getattr(batch, name) + 0.5})
+        assert not torch.allclose(predict(model, changed).latent, expected, atol=1e-4), name
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_tokens_return_to_their_places(patch):
+    latent = torch.randn(2, 3, 4, 6, 8)
+    assert torch.equal(from_tokens(to_tokens(latent, patch), (4, 6, 8), patch), latent)
+
+
+def test_rotary_scores_depend_on_relative_position_only():
+    angles = rotary_angles((4, 4, 4), 24, torch.device("cpu"))
+    query, key = torch.randn(2, 1, 1, 1, 24)
+    rotated = [rotate(v.expand(1, 1, 64, 24), angles)[0, 0] for v in (query, key)]
+    scores = (rotated[0] @ rotated[1].T).reshape([4] * 6)  # query x y z, key x y z
+    torch.testing.assert_close(
+        scores[1:, 1:, 1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1, :-1, :-1], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_active_parameters_count_one_expert_of_each_layer():
+    total, active = count_parameters(make_model())
+    expert = 3 * SMALL.width * SMALL.hidden
+    assert total - active == SMALL.depth * (SMALL.num_experts - SMALL.top_k) * expert
+
+
+def test_patch_that_does_not_divide_the_grid_is_refused():
+    with pytest.raises(ValueError, match="patch=3"):
+        to_tokens(torch.zeros(1, 4, 4, 4, 4), 3)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_heads", 5), ("top_k", 9), ("temperature", 0.0)])
+def test_impossible_sizes_are_refused(key, value):
+    with pytest.raises(ValueError, match=key if key != "num_heads" else "width"):
+        TransformerConfig(**{key: value})
