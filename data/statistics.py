@@ -16,7 +16,7 @@ from data.reader import Store
 class FieldStatistics:
     """normalised velocity = velocity / velocity_scale, pressure alike; normalised medium = (medium - mean) / scale."""
 
-    velocity_scale: float  # root mean square over space, time and the three components
+    velocity_scale: float  # root mean square of what deviates from each snapshot's mean flow, three components pooled
     pressure_scale: float  # root mean square
     medium_mean: float
     medium_scale: float  # standard deviation; 1 for a medium that is constant
@@ -39,7 +39,7 @@ def measure_statistics(store: Store, max_snapshots: int = 512) -> FieldStatistic
     chosen = _spread(len(states), max_snapshots)
     for n in chosen:
         u, p = store.snapshot(*states[n])
-        velocity += np.square(u, dtype=np.float64).mean()
+        velocity += u.var(axis=(1, 2, 3), dtype=np.float64).mean()
         pressure += np.square(p, dtype=np.float64).mean()
     media = [_moments(store.medium(trajectories[n])) for n in _spread(len(trajectories), max_snapshots)]
     mean, square = np.mean(media, axis=0)

@@ -24,6 +24,7 @@ class GenerateConfig:
     folder: Path
     num_test: int  # trajectories held out, the last ones
     device: str = "cpu"
+    threads: int = 1  # more than one is slower at these sizes; start one process per domain instead
     domain: Literal["all", "acoustics", "open_channel", "porous_media"] = "all"
     acoustics: dict[str, Any] | None = None
     open_channel: dict[str, Any] | None = None
@@ -36,6 +37,9 @@ def main(arguments: list[str]) -> None:
     chosen: list[Section] = [s for s in SECTIONS if getattr(config, s) is not None and config.domain in ("all", s)]
     if not chosen:
         raise ConfigError(f"domain={config.domain}: {path} has no such section. Sections: {', '.join(SECTIONS)}.")
+    import torch
+
+    torch.set_num_threads(config.threads)
     for section in chosen:
         _generate(section, config, source=f"{path}, section {section}")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class AutoencoderConfig:
     decoder_depths: tuple[int, int, int] = (1, 2, 1)
 
     def __post_init__(self) -> None:
+        if self.latent_channels < 3:
+            raise ValueError(f"latent_channels={self.latent_channels}: the mean flow needs 3. Raise it.")
         fine, middle, coarse = self.widths
         for name, inner, outer in (("middle", fine, middle), ("coarse", middle, coarse)):
             if inner % 8 or outer % 8 or 8 * inner % outer:
@@ -59,7 +61,7 @@ class Autoencoder(nn.Module):
         half = tuple(max(8, width // 2) for width in config.widths)
         self.medium_encoder = Encoder(1, m, half, (0, 1, 0))
         self.decoder = Decoder(c + m, config.widths, config.decoder_depths)
-        self.head = HelmholtzHead(config.widths[2], config.widths[0])
+        self.head = HelmholtzHead(config.widths)
         for name, channels in (("latent", c), ("medium", m)):
             self.register_buffer(f"{name}_mean", torch.zeros(channels))
             self.register_buffer(f"{name}_std", torch.ones(channels))
@@ -81,7 +83,7 @@ class Autoencoder(nn.Module):
         fields = torch.cat([batch.velocity, batch.pressure, batch.medium], 1)
         if not bool(torch.isfinite(fields).all()):
             raise ValueError(f"{batch.domain.name}: field holds NaN or infinity. Run `python -m data.layout STORE`.")
-        latent = self.encoder(fields, batch.domain.boundary)
+        latent = set_mean_flow(self.encoder(fields, batch.domain.boundary), batch.velocity)
         return _whiten(latent, self.latent_mean, self.latent_std), self.encode_medium(batch.medium, batch.domain)
 
     def encode_medium(self, medium: Float[Tensor, "b 1 x y z"], domain: DomainSpec) -> Float[Tensor, "b m i j k"]:
@@ -96,10 +98,10 @@ class Autoencoder(nn.Module):
         grid: Grid,
     ) -> Decoded:
         """Potentials, normalised velocity and pressure of whitened latents."""
-        raw = torch.cat(
-            [_colour(latent, self.latent_mean, self.latent_std), _colour(medium, self.medium_mean, self.medium_std)], 1
-        )
-        potentials, pressure = self.head(*self.decoder(raw, domain.boundary), domain)
+        state = _colour(latent, self.latent_mean, self.latent_std)
+        still = _colour(medium, self.medium_mean, self.medium_std)
+        features = self.decoder(torch.cat([state, still], 1), domain.boundary)
+        potentials, pressure = self.head(features, read_mean_flow(state), domain)
         return Decoded(potentials, velocity_from_potentials(potentials, domain, grid), pressure)
 
     def decode_fields(
@@ -113,6 +115,23 @@ class Autoencoder(nn.Module):
         decoded = self.decode(latent, medium, domain, grid)
         flux = exact_flux(decoded.potentials, domain, grid)
         return DecodedFields(flux, flux / face_measure(domain, grid, flux.device), decoded.pressure)
+
+
+def set_mean_flow(
+    latent: Float[Tensor, "b c i j k"], velocity: Float[Tensor, "b 3 x y z"]
+) -> Float[Tensor, "b c i j k"]:
+    """The latent with the box means of its first three channels replaced by the mean velocity.
+
+    So the harmonic part of the flow, which no potential can carry, passes the bottleneck exactly and costs 3 numbers.
+    """
+    flow = reduce(velocity, "b f x y z -> b f 1 1 1", "mean")
+    first = latent[:, :3] - reduce(latent[:, :3], "b f i j k -> b f 1 1 1", "mean") + flow.to(latent.dtype)
+    return torch.cat([first, latent[:, 3:]], 1)
+
+
+def read_mean_flow(latent: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b 3"]:
+    """The mean velocity that ``set_mean_flow`` wrote."""
+    return reduce(latent[:, :3].float(), "b f i j k -> b f", "mean")
 
 
 @torch.no_grad()

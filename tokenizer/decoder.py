@@ -1,4 +1,4 @@
-"""Latent -> fine features at half the field's resolution, from which the heads read potentials and pressure."""
+"""Latent -> features at 1/8, 1/4 and 1/2 of the field's resolution, from which the head reads potentials."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from tokenizer.layers import BlockStack, BoundaryConv, Upsample
 
 
 class Decoder(nn.Module):
-    """Mirror of the encoder up to half resolution; the coarse features are returned too, for the mean flow."""
+    """Mirror of the encoder up to half resolution."""
 
     def __init__(self, in_channels: int, widths: Sequence[int], depths: Sequence[int]) -> None:
         super().__init__()
@@ -22,9 +22,8 @@ class Decoder(nn.Module):
         self.to_fine = Upsample(middle, fine)
         self.fine = BlockStack(fine, depths[0])
 
-    def forward(
-        self, latent: Float[Tensor, "b c i j k"], boundary: Sequence[Boundary]
-    ) -> tuple[Float[Tensor, "b d i j k"], Float[Tensor, "b w x y z"]]:
+    def forward(self, latent: Float[Tensor, "b c i j k"], boundary: Sequence[Boundary]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features at the three resolutions, coarsest first."""
         coarse = self.coarse(self.stem(latent, boundary), boundary)
-        values = self.middle(self.to_middle(coarse), boundary)
-        return coarse, self.fine(self.to_fine(values), boundary)
+        middle = self.middle(self.to_middle(coarse), boundary)
+        return coarse, middle, self.fine(self.to_fine(middle), boundary)

@@ -1,39 +1,58 @@
 """Decoder features -> potentials -> a velocity that conserves mass (or is free of rotation) by construction."""
 
+from collections.abc import Sequence
+
 import torch
-from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shodh.fields import DomainSpec, Grid
+from shodh.fields import Boundary, DomainSpec, Grid
 from shodh.physics.helmholtz import Potentials, compose_velocity, snap_potentials
-from tokenizer.layers import BoundaryConv, depth_to_space
+from tokenizer.layers import BoundaryConv, depth_to_space, pad_one
+
+
+NUM_OUTPUTS = 5  # 3 circulations, scalar potential, pressure
 
 
 class HelmholtzHead(nn.Module):
-    """Emits edge circulations, a scalar potential and one mean flux per axis, always in FP32.
+    """Emits edge circulations, a scalar potential and pressure, always in FP32; the mean flow comes from the latent.
 
     The network sees no domain: all potentials are always emitted, and the domain's ``velocity_space`` says which are
-    used. Potentials are in units of the normalised velocity times the grid's mean cell size.
+    used. Potentials are in units of the normalised velocity times the grid's mean cell size. They are a sum over
+    resolutions, each in units of its own cell size: velocity is a difference of potentials, so a large eddy needs a
+    potential as many times larger as it is wider, and without this its gradient would be as many times weaker.
     """
 
-    def __init__(self, coarse_width: int, fine_width: int) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, fine_width)
-        self.out = BoundaryConv(fine_width, 8 * 5)  # 3 circulations, scalar potential, pressure in each 2x2x2 cube
-        self.mean_flow = nn.Linear(coarse_width, 3)
-        with torch.no_grad():  # begin near rest: differences of random potentials would be a storm
-            self.out.conv.weight *= 0.1
+        fine, middle, coarse = widths
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in (coarse, middle, fine))
+        self.outs = nn.ModuleList(BoundaryConv(width, NUM_OUTPUTS) for width in (coarse, middle, fine))
+        self.finest = BoundaryConv(fine, 8 * NUM_OUTPUTS)
 
     def forward(
-        self, coarse: Float[Tensor, "b d i j k"], fine: Float[Tensor, "b w i j k"], domain: DomainSpec
+        self, features: Sequence[Tensor], mean_flow: Float[Tensor, "b 3"], domain: DomainSpec
     ) -> tuple[Potentials, Float[Tensor, "b 1 x y z"]]:
-        with torch.autocast(fine.device.type, enabled=False):  # bf16 potentials cost up to 7.6 % of the velocity
-            features = functional.silu(self.norm(fine.float()))
-            values = depth_to_space(self.out(features, domain.boundary))
-            mean_flow = self.mean_flow(reduce(coarse.float(), "b d i j k -> b d", "mean"))
-        return Potentials(values[:, :3], values[:, 3], mean_flow), values[:, 4:]
+        with torch.autocast(mean_flow.device.type, enabled=False):  # bf16 potentials cost up to 7.6 % of the velocity
+            values = mean_flow.new_zeros(())
+            for level, (norm, out, feature) in enumerate(zip(self.norms, self.outs, features, strict=True)):
+                active = functional.silu(norm(feature.float()))
+                values = values + _in_cells_of(8 >> level, out(active, domain.boundary))
+                values = upsample_smoothly(values, domain.boundary)
+            values = values + depth_to_space(self.finest(active, domain.boundary))
+        return Potentials(values[:, :3], values[:, 3], mean_flow.float()), values[:, 4:]
+
+
+def upsample_smoothly(values: Float[Tensor, "b f x y z"], boundary: Sequence[Boundary]) -> Tensor:
+    """Twice the resolution by trilinear interpolation that knows the boundaries."""
+    doubled = functional.interpolate(pad_one(values, boundary), scale_factor=2, mode="trilinear", align_corners=False)
+    return doubled[:, :, 2:-2, 2:-2, 2:-2]
+
+
+def _in_cells_of(size: int, values: Float[Tensor, "b f x y z"]) -> Float[Tensor, "b f x y z"]:
+    """Potentials times the cell size; pressure as it is."""
+    return torch.cat([values[:, :4] * size, values[:, 4:]], 1)
 
 
 def to_grid(potentials: Potentials, grid: Grid) -> Potentials:
