@@ -106,7 +106,7 @@ def write_latents(
     store: Store,
     encode: Encode,
     tokenizer_hash: str,
-    progress: Callable[[int], None] = lambda num_snapshots: None,
+    progress: Callable[[int], object] = lambda num_snapshots: None,
 ) -> str:
     """Encode a whole store and return the cache's digest; a cache that is current already is left as it is.
 
@@ -168,7 +168,7 @@ def open_latents(path: str | Path, tokenizer_hash: str | None = None, field_dige
 
 
 def _encode_trajectory(
-    store: Store, trajectory: int, encode: Encode, progress: Callable[[int], None]
+    store: Store, trajectory: int, encode: Encode, progress: Callable[[int], object]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latent (t, c, x, y, z) and medium (m, x, y, z) of one trajectory."""
     still = torch.from_numpy(store.medium(trajectory))

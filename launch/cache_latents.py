@@ -31,13 +31,14 @@ def main(arguments: list[str]) -> None:
         def encode(
             velocity: torch.Tensor, pressure: torch.Tensor, medium: torch.Tensor, store=store, statistics=statistics
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            fields = (field.to(device) for field in (velocity, pressure, medium))
-            return autoencoder.encode(normalised_batch(*fields, store, statistics))
+            return autoencoder.encode(normalised_batch(velocity, pressure, medium, store, statistics).to(device))
 
         with tqdm(
             total=store.num_trajectories * store.num_snapshots, desc=f"latents of {name}", unit="snapshot"
         ) as bar:
-            digest = write_latents(config.latents / name, store, encode, tokenizer.digest, bar.update)
+            digest = write_latents(
+                config.latents / name, store, encode, tokenizer.digest, lambda num, bar=bar: bar.update(num)
+            )
             bar.update(bar.total - bar.n)
         print(f"{name}: latents {digest[:12]} -> {config.latents / name}")
 

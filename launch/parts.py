@@ -95,6 +95,15 @@ def hold_out(
     )
 
 
+def require_channels(config: TransformerConfig, tokenizer: Tokenizer) -> None:
+    """ConfigError unless the model takes the channels that the tokenizer gives."""
+    sizes = tokenizer.autoencoder.config
+    for name in ("latent_channels", "medium_channels"):
+        asked, given = getattr(config, name), getattr(sizes, name)
+        if asked != given:
+            raise ConfigError(f"model.{name}={asked}: the tokenizer gives {given}. Set model.{name}={given}.")
+
+
 def fit_baselines(
     tokenizer: Tokenizer, stores: Sequence[Store], snapshots_per_domain: int = 150
 ) -> dict[str, BlockKLT]:

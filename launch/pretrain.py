@@ -9,7 +9,7 @@ from shodh.command_line import run, split_arguments
 def main(arguments: list[str]) -> None:
     path, overrides = split_arguments(arguments, "launch/pretrain.py CONFIG.yaml [key=value ...]")
     import torch
-    from parts import hold_out, open_tokenized
+    from parts import hold_out, open_tokenized, require_channels
     from settings import Pretraining, mixture_config
 
     from data.mixture import LatentMixture, stream
@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> None:
 
     config = load_config(Pretraining, path, overrides)
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
+    require_channels(config.model, tokenizer)
+    cells = latents[0].cells_per_state
     with distributed(config.engine.threads_per_rank) as group:
         mixture = LatentMixture(latents, mixture_config(config.engine, config.loop))
         torch.manual_seed(config.loop.seed)
@@ -50,10 +52,7 @@ def main(arguments: list[str]) -> None:
             },
             checkpoint_interval=config.checkpoint_interval,
             tracking=config.tracking,
-            tokens_per_step=config.engine.batch_size
-            * config.engine.accumulation
-            * latents[0].cells_per_state
-            // config.model.patch**3,
+            tokens_per_step=config.engine.batch_size * config.engine.accumulation * cells // config.model.patch**3,
         )
 
 

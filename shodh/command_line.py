@@ -1,5 +1,6 @@
 """What every launch script shares: help that is instant, and errors of the user's in one line."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,7 +24,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not (isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"):  # rank 0 says the same
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -20,7 +21,7 @@ class ConfigError(ValueError):
     """Input by a user that cannot be used; its message is the one line the user sees."""
 
 
-def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:
+def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read ``path`` as ``cls``, then apply ``key.subkey=value`` overrides (values are YAML).
 
     Raises ConfigError for a missing file, broken YAML, an unknown key (the nearest key is named) or a wrong type.

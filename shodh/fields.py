@@ -101,8 +101,9 @@ class FieldBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "FieldBatch":
         """The same batch with its tensors on ``device``."""
-        fields = (tensor.to(device) for tensor in (self.velocity, self.pressure, self.medium))
-        return FieldBatch(*fields, self.domain, self.grid)
+        return self._replace(
+            velocity=self.velocity.to(device), pressure=self.pressure.to(device), medium=self.medium.to(device)
+        )
 
 
 class DecodedFields(NamedTuple):

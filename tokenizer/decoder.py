@@ -22,7 +22,9 @@ class Decoder(nn.Module):
         self.to_fine = Upsample(middle, fine)
         self.fine = BlockStack(fine, depths[0])
 
-    def forward(self, latent: Float[Tensor, "b c i j k"], boundary: Sequence[Boundary]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, latent: Float[Tensor, "b c i j k"], boundary: Sequence[Boundary]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Features at the three resolutions, coarsest first."""
         coarse = self.coarse(self.stem(latent, boundary), boundary)
         middle = self.middle(self.to_middle(coarse), boundary)

@@ -11,7 +11,6 @@ from shodh.fields import Boundary, DomainSpec, Grid
 from shodh.physics.helmholtz import Potentials, compose_velocity, snap_potentials
 from tokenizer.layers import BoundaryConv, depth_to_space, pad_one
 
-
 NUM_OUTPUTS = 5  # 3 circulations, scalar potential, pressure
 
 
@@ -28,19 +27,21 @@ class HelmholtzHead(nn.Module):
         super().__init__()
         fine, middle, coarse = widths
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in (coarse, middle, fine))
-        self.outs = nn.ModuleList(BoundaryConv(width, NUM_OUTPUTS) for width in (coarse, middle, fine))
-        self.finest = BoundaryConv(fine, 8 * NUM_OUTPUTS)
+        self.coarse = BoundaryConv(coarse, NUM_OUTPUTS)
+        self.middle = BoundaryConv(middle, NUM_OUTPUTS)
+        self.fine = BoundaryConv(fine, 8 * NUM_OUTPUTS)  # a 2x2x2 cube of the full resolution per position
 
     def forward(
         self, features: Sequence[Tensor], mean_flow: Float[Tensor, "b 3"], domain: DomainSpec
     ) -> tuple[Potentials, Float[Tensor, "b 1 x y z"]]:
         with torch.autocast(mean_flow.device.type, enabled=False):  # bf16 potentials cost up to 7.6 % of the velocity
-            values = mean_flow.new_zeros(())
-            for level, (norm, out, feature) in enumerate(zip(self.norms, self.outs, features, strict=True)):
-                active = functional.silu(norm(feature.float()))
-                values = values + _in_cells_of(8 >> level, out(active, domain.boundary))
-                values = upsample_smoothly(values, domain.boundary)
-            values = values + depth_to_space(self.finest(active, domain.boundary))
+            coarse, middle, fine = (
+                functional.silu(norm(feature.float())) for norm, feature in zip(self.norms, features, strict=True)
+            )
+            values = upsample_smoothly(_in_cells_of(8, self.coarse(coarse, domain.boundary)), domain.boundary)
+            values = values + _in_cells_of(4, self.middle(middle, domain.boundary))
+            values = upsample_smoothly(upsample_smoothly(values, domain.boundary), domain.boundary)
+            values = values + depth_to_space(self.fine(fine, domain.boundary))
         return Potentials(values[:, :3], values[:, 3], mean_flow.float()), values[:, 4:]
 
 
@@ -56,7 +57,7 @@ def _in_cells_of(size: int, values: Float[Tensor, "b f x y z"]) -> Float[Tensor,
 
 
 def to_grid(potentials: Potentials, grid: Grid) -> Potentials:
-    """Potentials as the integrals that a grid stores: circulations A·edge, fluxes U·area, lengths in mean cell sizes."""
+    """Potentials as a grid stores them: circulations A·edge and fluxes U·area, lengths in mean cell sizes."""
     length = torch.tensor(grid.relative.spacing, device=potentials.scalar.device)
     area = torch.tensor(grid.relative.face_area, device=potentials.scalar.device)
     return Potentials(

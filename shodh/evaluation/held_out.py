@@ -118,7 +118,7 @@ def write_evaluation(folder: Path, evaluation: dict[str, Any], model: Model, hel
 
 @torch.no_grad()
 def picture_domain(model: Model, held_out: HeldOutDomain) -> dict[str, np.ndarray]:
-    """Middle slices of the first held-out trajectory halfway through: truth, decoded one-step forecast, error, experts."""
+    """Middle slices of a held-out state: truth, decoded one-step forecast, error, medium and chosen experts."""
     trajectory = held_out.trajectories[0]
     batch = successive_states(trajectory, 0)
     half = len(batch.current) // 2

@@ -24,8 +24,8 @@ def band_energy(
 ) -> Float[Tensor, "b k"]:
     """Energy in octaves of wavenumber, components summed; the last band ends at the grid's Nyquist wavenumber.
 
-    Band k of K holds |kappa| / Nyquist in (2^(k-K), 2^(k-K+1)], the first also all below; corners beyond Nyquist go to the
-    last. A walled or open axis is mirrored first, so that its jump across the box does not pollute the high bands.
+    Band k of K holds |kappa| / Nyquist in (2^(k-K), 2^(k-K+1)], the first also all below; corners beyond Nyquist go to
+    the last. A walled or open axis is mirrored first, so that its jump across the box does not pollute the high bands.
     """
     values = field
     for axis in range(3):

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
         if key not in state or state[key].shape != like.shape:
             found = tuple(state[key].shape) if key in state else "nothing"
             raise CheckpointError(
-                f"checkpoint: {key} should have shape {tuple(like.shape)}, found {found}. Use the config it was written with."
+                f"checkpoint: {key} should have shape {tuple(like.shape)}, found {found}. Use the config that wrote it."
             )
         return state[key].to(like.device)
 
@@ -162,7 +162,7 @@ def load_parameters(model: nn.Module, state: dict[str, Tensor]) -> None:
         model.load_state_dict(own)
     except RuntimeError as error:
         raise CheckpointError(
-            f"checkpoint: does not fit the model: {' '.join(str(error).split())[:200]}. Use the config it was written with."
+            f"checkpoint: does not fit the model: {' '.join(str(error).split())[:200]}. Use the config that wrote it."
         ) from None
 
 
@@ -197,14 +197,14 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _full_tensors(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+def _full_tensors(engine: Any, parameter: nn.Parameter) -> Mapping[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if hasattr(parameter, "_hp_mapping"):
-        tensors = {"parameter": safe_get_full_fp32_param(parameter)}
-        return tensors | {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-    moments = plain_optimizer(engine).state[parameter]
-    return {"parameter": parameter} | {moment: moments[moment] for moment in MOMENTS}
+    if not hasattr(parameter, "_hp_mapping"):
+        moments = plain_optimizer(engine).state[parameter]
+        return {"parameter": parameter} | {moment: moments[moment] for moment in MOMENTS}
+    tensors: dict[str, Any] = {"parameter": safe_get_full_fp32_param(parameter)}
+    return tensors | {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
 
 
 def _sync(path: Path) -> None:

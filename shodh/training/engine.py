@@ -48,8 +48,8 @@ class ProcessGroup(NamedTuple):
 def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     """Membership of the process group that the launcher describes, or of one with a single process.
 
-    On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and leaves
-    69 MB a rank in /dev/shm.
+    On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and
+    leaves 69 MB a rank in /dev/shm.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -119,8 +119,8 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 def _create_moments(engine: Any) -> None:
     """Give AdamW at once the state that it otherwise makes in its first step, so that it can be saved and restored.
 
-    Left to itself, ZeRO 1 and 2 (DeepSpeed 0.19.8) link parameters to their moments after the first group has stepped and
-    miss those of all other groups.
+    Left to itself, ZeRO 1 and 2 (DeepSpeed 0.19.8) link parameters to their moments after the first group has stepped
+    and miss those of all other groups.
     """
     optimizer = plain_optimizer(engine)
     for group in optimizer.param_groups:

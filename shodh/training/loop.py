@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class StepRecord(NamedTuple):
     outputs: list[Any]  # what the objective returned beside its terms, per micro-step, on this rank
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Turns a batch into named loss terms (``total`` is minimised) and anything the hooks want to see."""
 
@@ -37,6 +38,7 @@ class Objective(Protocol):
     def __call__(self, engine: Any, batch: Any) -> tuple[dict[str, Tensor], Any]: ...
 
 
+@runtime_checkable
 class Hook(Protocol):
     """Called on every rank after every optimizer step."""
 
@@ -53,8 +55,8 @@ def train(
 ) -> None:
     """Run steps ``first_step`` to ``num_steps``; everything random in a step depends only on seed, step and rank.
 
-    ``batches_from(step)`` gives this rank's micro-batches in order from a step on. Raises FloatingPointError, naming the step, when the loss is
-    not finite: the newest checkpoint is then the state to go back to.
+    ``batches_from(step)`` gives this rank's micro-batches in order from a step on. Raises FloatingPointError, naming
+    the step, when the loss is not finite: the newest checkpoint is then the state to go back to.
     """
     rank = torch.distributed.get_rank()
     accumulation = engine.gradient_accumulation_steps()

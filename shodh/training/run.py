@@ -31,8 +31,8 @@ def train_resumably(
 ) -> None:
     """Train to ``loop.schedule.num_steps`` from the newest intact checkpoint in ``folder``, or from the start.
 
-    ``description`` (config, digests of data) is stored with every checkpoint. Raises ConfigError when the folder was begun with
-    another one: the old checkpoints stay, and the message names what differs.
+    ``description`` (config, digests of data) is stored with every checkpoint. Raises ConfigError when the folder was
+    begun with another one: the old checkpoints stay, and the message names what differs.
     """
     leader = torch.distributed.get_rank() == 0
     checkpoints = folder / "checkpoints" / phase

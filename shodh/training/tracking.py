@@ -25,8 +25,8 @@ class TrackingConfig:
 class Track:
     """Hook that appends scalars to ``metrics.jsonl``, feeds W&B and moves the progress bar; works on rank 0 only.
 
-    Hooks before it may add to ``record.scalars``. A line holds step, phase, unix time and the scalars. After a resume steps may
-    appear twice, bit-identical; readers take the last.
+    Hooks before it may add to ``record.scalars``. A line holds step, phase, unix time and the scalars. After a resume
+    steps may appear twice, bit-identical; readers take the last.
     """
 
     def __init__(

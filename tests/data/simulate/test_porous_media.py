@@ -48,7 +48,7 @@ def random_rock(resolution: int, seed: int = 3) -> Tensor:
 
 
 def test_poiseuille_permeability_is_second_order_down_to_its_constant():
-    # with the wall half a cell off, the discrete profile is the parabola + 1/8 and its mean (w^2 + 2) / 12: error 2 / w^2
+    # with the wall half a cell off, the profile is the parabola + 1/8 and its mean (w^2 + 2) / 12: error 2 / w^2
     for width in (3, 4, 8, 16):
         expected = width / (width + 2) * (width**2 + 2) / 12
         assert porous.permeability(slab(width, 2), axis=0, tolerance=1e-6) == pytest.approx(expected, rel=1e-6)

@@ -92,4 +92,4 @@ def test_poisson_solution_satisfies_the_staggered_equation(boundary):
 
 def test_poisson_problem_on_an_open_axis_is_refused():
     with pytest.raises(ValueError, match="open"):
-        solve_poisson(torch.zeros(4, 4, 4), Grid(shape=(4, 4, 4), spacing=(1, 1, 1), boundary=("open",) * 3))
+        solve_poisson(torch.zeros(4, 4, 4), Grid(shape=(4, 4, 4), spacing=(1.0, 1.0, 1.0), boundary=("open",) * 3))

@@ -1,0 +1,47 @@
+# make pretrain   set up, simulate three physics, train the tokenizer, pretrain the mixture of experts, evaluate, report
+# make test       set up and run the tests
+# make check      lint, types, tests
+# Every step of `make pretrain` continues where it stopped or says that it is done.
+
+PYTHON ?= python3
+SIZE ?= quickstart
+RANKS ?= 2
+BIN := .venv/bin
+# DeepSpeed's launcher starts one process per rank; on CPU the ranks talk through gloo.
+DEEPSPEED := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --num_gpus $(RANKS)
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+export DS_ACCELERATOR := cpu
+export OMP_NUM_THREADS := 1
+endif
+
+.PHONY: setup pretrain test test-slow lint check clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+pretrain: setup
+	$(BIN)/python launch/generate_data.py configs/generate_data/$(SIZE).yaml
+	$(DEEPSPEED) launch/train_tokenizer.py configs/train_tokenizer/$(SIZE).yaml
+	$(BIN)/python launch/cache_latents.py configs/cache_latents/$(SIZE).yaml
+	$(DEEPSPEED) launch/pretrain.py configs/pretrain/$(SIZE).yaml
+	$(BIN)/python launch/evaluate_model.py configs/evaluate_model/$(SIZE).yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: lint test
+
+clean:
+	rm -rf stores runs

@@ -1,0 +1,185 @@
+"""The whole path at debug size: every launch script runs, survives SIGKILL, and refuses bad input in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+DOMAINS = ("fwi", "open_channel", "porous_media")
+LONG = ["loop.schedule.num_steps=40", "checkpoint_interval=5", "measure_interval=20"]  # long enough to be killed
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def command(script: str, folder: Path, *overrides: str, ranks: int = 0) -> list[str]:
+    verb = script.removesuffix(".py")
+    starter = [str(BIN / "deepspeed"), "--quiet", "--num_accelerators", str(ranks)] if ranks else [sys.executable]
+    paths = {
+        "generate_data": [f"folder={folder}/stores"],
+        "train_tokenizer": [f"stores={folder}/stores", f"run={folder}/run"],
+        "cache_latents": [f"stores={folder}/stores", f"tokenizer={folder}/run/tokenizer.safetensors"],
+        "pretrain": [f"stores={folder}/stores", f"tokenizer={folder}/run/tokenizer.safetensors", f"run={folder}/run"],
+    }
+    paths["evaluate_model"] = paths["pretrain"]
+    latents = [] if verb in ("generate_data", "train_tokenizer") else [f"latents={folder}/run/latents"]
+    return [*starter, f"launch/{script}", f"configs/{verb}/debug.yaml", *paths[verb], *latents, *overrides]
+
+
+def launch(script: str, folder: Path, *overrides: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    call = command(script, folder, *overrides, ranks=ranks)
+    return subprocess.run(call, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+
+
+def losses(run: Path, phase: str) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [(line["step"], line["loss"]) for line in lines if line["phase"] == phase]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Stores, tokenizer and latents at debug size, made by the launch scripts themselves."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for script, ranks in (("generate_data.py", 0), ("train_tokenizer.py", 2), ("cache_latents.py", 0)):
+        done = launch(script, folder, ranks=ranks)
+        assert done.returncode == 0, f"{script}: {done.stderr[-3000:]}"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(prepared) -> Path:
+    done = launch("pretrain.py", prepared, *LONG, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return prepared
+
+
+@pytest.mark.distributed
+def test_killed_pretraining_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_run(pretrained, tmp_path):
+    whole = losses(pretrained / "run", "pretrain")
+    assert [step for step, _ in whole] == list(range(1, 41))
+    call = command("pretrain.py", pretrained, *LONG, f"run={tmp_path}/killed", ranks=2)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(call, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    killed = losses(tmp_path / "killed", "pretrain")
+    assert 12 <= len(killed) < 40, "the run was not killed midway"
+    done = launch("pretrain.py", pretrained, *LONG, f"run={tmp_path}/killed", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stderr
+    both = losses(tmp_path / "killed", "pretrain")
+    resumed = both[len(killed) :]
+    assert resumed[0][0] > 1, "it started again from step 0"
+    assert killed == whole[: len(killed)]
+    assert resumed == whole[resumed[0][0] - 1 :]
+
+
+def test_second_call_says_that_all_is_done_and_trains_nothing(pretrained):
+    before = (pretrained / "run" / "metrics.jsonl").read_bytes()
+    done = launch("pretrain.py", pretrained, *LONG, ranks=2)
+    assert done.returncode == 0 and "all 40 steps are done" in done.stderr
+    assert (pretrained / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
+    done = launch("evaluate_model.py", pretrained)
+    assert done.returncode == 0, done.stderr[-3000:]
+    evaluation = json.loads((pretrained / "run" / "evaluation.json").read_text())
+    assert set(evaluation["domains"]) == set(DOMAINS)
+    for name, block in evaluation["domains"].items():
+        conserved = block["curl" if name == "fwi" else "divergence"]
+        keys = {"max_abs", "rms", "rms_over_rms_gradient", "operator", "dtype", "mismatched_operator_rms"}
+        assert keys <= set(conserved)
+        assert conserved["max_abs"] == 0.0 and conserved["mismatched_operator_rms"] > 0
+        if name != "fwi":
+            assert conserved["mean_flow"] > 0
+        assert {"velocity", "pressure"} <= set(block["tokenizer"]["vrmse"])
+        assert block["latent_mse"] > 0 and block["decoded_mse"] > 0
+        assert {"1", "2-5", "last"} <= set(block["rollout"]["vrmse"])
+        assert len(block["routing"]["load"]) == 2 and {"purity", "mutual_information"} <= set(block["routing"])
+        assert all(abs(sum(load) - 1) < 1e-6 for load in block["routing"]["load"])
+        assert name in done.stdout
+    report = (pretrained / "run" / "report.html").read_text()
+    assert report.count("data:image/png;base64,") >= 9 and "http://" not in report
+
+
+def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The user's one line; the process must have failed without a traceback."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "said"),
+    [
+        ("pretrain.py", "model.widht=64", "model.widht=64: no such key.*Did you mean model.width"),
+        ("pretrain.py", "domains=[fwi, openchannel]", "domains=openchannel: no such store.*open_channel"),
+        ("pretrain.py", "stores=/nowhere", "no such store in /nowhere"),
+        ("pretrain.py", "model.latent_channels=7", "model.latent_channels=7: the tokenizer gives 16"),
+        ("pretrain.py", "engine.zero_stage=5", "engine.zero_stage=5"),
+        ("cache_latents.py", "tokenizer=/nowhere/t.safetensors", "tokenizer=/nowhere/t.safetensors: no such file"),
+        ("generate_data.py", "acoustics.resolution=4", "resolution=4"),
+        ("generate_data.py", "acoustics.resolution=32", "config.resolution is 16 .*32 now"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_loses_nothing(prepared, script, override, said):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()}
+    line = one_line_error(launch(script, prepared, override))
+    assert np.any([__import__("re").search(said, line)]), line
+    assert before == {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()}
+
+
+def test_two_ranks_say_it_once(prepared):
+    one_line_error(launch("pretrain.py", prepared, "model.widht=64", ranks=2))
+
+
+def test_truncated_checkpoint_is_skipped_for_an_older_one_and_nothing_is_lost(pretrained, tmp_path):
+    shutil.copytree(pretrained / "run" / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / "pretrain" / "step-40" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    done = launch("evaluate_model.py", pretrained, f"run={tmp_path}")
+    assert done.returncode == 0 and "step-40: state.safetensors is truncated or altered" in done.stderr
+    older = tmp_path / "checkpoints" / "pretrain" / "step-35" / "state.safetensors"
+    older.write_bytes(older.read_bytes()[:-100])
+    assert "none of 2 is intact" in one_line_error(launch("evaluate_model.py", pretrained, f"run={tmp_path}"))
+
+
+def test_changed_configuration_does_not_overwrite_a_run(pretrained):
+    line = one_line_error(launch("pretrain.py", pretrained, *LONG, "loop.schedule.learning_rate=0.5"))
+    assert "was begun with another configuration" in line and "learning_rate: 0.001 -> 0.5" in line
+
+
+def test_lost_chunk_of_a_store_is_named_not_read_as_zeros(prepared, tmp_path):
+    shutil.copytree(prepared / "stores", tmp_path / "stores")
+    chunk = next(
+        p for p in (tmp_path / "stores" / "fwi" / "pressure").rglob("*") if p.is_file() and p.name != "zarr.json"
+    )
+    chunk.unlink()
+    line = one_line_error(launch("train_tokenizer.py", prepared, f"stores={tmp_path}/stores", f"run={tmp_path}/run"))
+    assert "pressure" in line and "missing" in line
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*_*.py")) + ["pretrain.py"])
+def test_help_is_instant_and_names_the_command(script):
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, f"launch/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"launch/{script}" in done.stdout
+    assert time.monotonic() - begun < 3.0  # importing torch and deepspeed takes 9
