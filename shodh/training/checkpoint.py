@@ -204,7 +204,9 @@ def _full_tensors(engine: Any, parameter: nn.Parameter) -> Mapping[str, Tensor]:
         moments = plain_optimizer(engine).state[parameter]
         return {"parameter": parameter} | {moment: moments[moment] for moment in MOMENTS}
     tensors: dict[str, Any] = {"parameter": safe_get_full_fp32_param(parameter)}
-    return tensors | {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+    for moment in MOMENTS:
+        tensors[moment] = safe_get_full_optimizer_state(parameter, moment)
+    return tensors
 
 
 def _sync(path: Path) -> None:
