@@ -15,10 +15,11 @@ from shodh.fields import LatentBatch, Routing
 class ForecastConfig:
     """Weights beside the forecast error, whose weight is 1."""
 
+    mean_weight: float = 4.0
     balance_weight: float = 0.01
     z_weight: float = 1e-4
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
-    state_noise: float = 0.0  # standard deviation added to both input states, against drift in long rollouts
+    state_noise: float = 0.0  # standard deviation per cell and of the box mean added to both inputs, against drift
 
 
 class RoutedBatch(NamedTuple):
@@ -45,16 +46,21 @@ class ForecastObjective:
         torch.distributed.all_reduce(counts)
         self.token_count = counts if self.token_count is None else self.token_count + counts
         data = relative_change_error(forecast.latent, batch, self.config.change_floor)
+        mean = relative_mean_error(forecast.latent, batch, self.config.change_floor)
         balance = torch.stack(
             [balance_loss(r, count) for r, count in zip(forecast.routings, self.token_count, strict=True)]
         ).mean()
         z = torch.stack([z_loss(routing) for routing in forecast.routings]).mean()
-        total = data + self.config.balance_weight * balance + self.config.z_weight * z
+        total = data + self.config.mean_weight * mean
+        total = total + self.config.balance_weight * balance + self.config.z_weight * z
         detached = tuple(Routing(*(value.detach() for value in routing)) for routing in forecast.routings)
-        return {"total": total, "data": data, "balance": balance, "z": z}, RoutedBatch(detached, batch.domain)
+        return {"total": total, "data": data, "mean": mean, "balance": balance, "z": z}, RoutedBatch(detached, batch.domain)
 
     def _disturb(self, state: Tensor) -> Tensor:
-        return state + self.config.state_noise * torch.randn_like(state) if self.config.state_noise else state
+        if not self.config.state_noise:
+            return state
+        shared = torch.randn(*state.shape[:2], 1, 1, 1, device=state.device)
+        return state + self.config.state_noise * (torch.randn_like(state) + shared)
 
 
 def relative_change_error(
@@ -64,9 +70,20 @@ def relative_change_error(
 
     The scale comes from the sample alone, so no label is needed to weigh slow and fast physics alike.
     """
-    error = reduce((prediction.float() - batch.following) ** 2, "b c x y z -> b", "mean")
-    change = reduce((batch.following - batch.current) ** 2, "b c x y z -> b", "mean")
-    return (error / (change + floor)).mean()
+    error, change = prediction.float() - batch.following, batch.following - batch.current
+    return (_mean_square(error) / (_mean_square(change) + floor)).mean()
+
+
+def relative_mean_error(
+    prediction: Float[Tensor, "b c x y z"], batch: LatentBatch, floor: float
+) -> Float[Tensor, ""]:
+    """The same for box means, which carry the mean flow: an error that all tokens share does not average out."""
+    mean_error = reduce(prediction.float() - batch.following, "b c x y z -> b c 1 1 1", "mean")
+    return (_mean_square(mean_error) / (_mean_square(batch.following - batch.current) + floor)).mean()
+
+
+def _mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b"]:
+    return reduce(values**2, "b c x y z -> b", "mean")
 
 
 def count_tokens(routing: Routing) -> Float[Tensor, "e"]:

@@ -17,7 +17,7 @@ from shodh.training.loop import StepRecord
 class TrackingConfig:
     """Where a run is watched. W&B is best effort: whatever it does, training goes on."""
 
-    wandb: Literal["offline", "online", "off"] = "offline"
+    wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "shodh"
     interval: int = 1  # steps between lines of metrics.jsonl
 
@@ -68,13 +68,13 @@ class Track:
             self.file.close()
             if self.run is not None:
                 try:
-                    self.run.finish(quiet=True)
+                    self.run.finish()
                 except Exception as error:  # W&B must never end a finished run
                     _warn_wandb(error)
 
 
 def _start_wandb(folder: Path, phase: str, config: TrackingConfig) -> Any:
-    if config.wandb == "off":
+    if config.wandb == "disabled":
         return None
     try:
         import wandb
