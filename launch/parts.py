@@ -62,9 +62,14 @@ def normalised_batch(
 
 
 def hold_out(
-    tokenizer: Tokenizer, store: Store, latents: LatentStore, baselines: dict[str, BlockKLT] | None = None
+    tokenizer: Tokenizer,
+    store: Store,
+    latents: LatentStore,
+    device: torch.device,
+    baselines: dict[str, BlockKLT] | None = None,
 ) -> HeldOutDomain:
     """The test split of one domain, in memory, with the tokenizer's decoder and the codes it is compared with."""
+    tokenizer.autoencoder.to(device)
     statistics = FieldStatistics(**tokenizer.statistics[store.domain.name])
     trajectories, media = [], []
     for i in store.trajectories("test"):
@@ -73,13 +78,13 @@ def hold_out(
             torch.stack([torch.from_numpy(field) for field in part]) for part in zip(*states, strict=True)
         )
         medium = torch.from_numpy(store.medium(i))
-        batch = normalised_batch(velocity, pressure[:, None], medium[None, None], store, statistics)
+        batch = normalised_batch(velocity, pressure[:, None], medium[None, None], store, statistics).to(device)
         media.append(medium)
         trajectories.append(
             TrueTrajectory(
-                latents=torch.stack([torch.from_numpy(latents.latent(i, t)) for t in range(store.num_snapshots)]),
-                medium=torch.from_numpy(latents.medium(i)),
-                parameters=torch.from_numpy(store.parameters(i)),
+                latents=torch.stack([torch.from_numpy(latents.latent(i, t)) for t in range(len(states))]).to(device),
+                medium=torch.from_numpy(latents.medium(i)).to(device),
+                parameters=torch.from_numpy(store.parameters(i)).to(device),
                 velocity=batch.velocity,
                 pressure=batch.pressure,
                 boundary=store.grid.boundary,
@@ -123,7 +128,7 @@ def fit_baselines(
     )
 
 
-def load_model(run: Path, tokenizer: Tokenizer) -> tuple[LatentTransformer, dict[str, Any]]:
+def load_model(run: Path, tokenizer: Tokenizer, device: torch.device) -> tuple[LatentTransformer, dict[str, Any]]:
     """The newest pretrained model of a run, ready to predict, and what ``evaluation.json`` says of the run."""
     state, saved = read_newest(run / "checkpoints" / "pretrain")
     description = saved["description"]
@@ -135,7 +140,7 @@ def load_model(run: Path, tokenizer: Tokenizer) -> tuple[LatentTransformer, dict
     model = LatentTransformer(config)
     load_parameters(model, state)
     total, active = count_parameters(model)
-    return model.eval().requires_grad_(False), {
+    return model.to(device).eval().requires_grad_(False), {
         "config": description["config"],
         "git_sha": saved["git_sha"],
         "step": saved["step"],

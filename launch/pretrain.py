@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> None:
         torch.manual_seed(config.loop.seed)
         model = LatentTransformer(config.model)
         engine = build_engine(model, config.engine, group.device)
-        probes = [hold_out(tokenizer, *pair) for pair in zip(stores, latents, strict=True)] if group.rank == 0 else []
+        measured = zip(stores, latents, strict=True) if group.rank == 0 else ()  # other ranks only train
+        probes = [hold_out(tokenizer, store, cache, group.device) for store, cache in measured]
         total, active = count_parameters(model)
         train_resumably(
             engine,

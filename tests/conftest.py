@@ -1,5 +1,8 @@
 """Shared fixtures; shapes written in annotations are checked at run time for every package."""
 
+import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,21 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data not at hand: {SHARED_DATA} does not exist")
     return SHARED_DATA
+
+
+def deepspeed_command(num_ranks: int) -> list[str]:
+    """The launcher's command up to the script, on a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [launcher, "--quiet", "--master_port", str(port), "--num_accelerators", str(num_ranks)]
+
+
+def cpu_environment() -> dict[str, str]:
+    """For subprocesses: one thread a rank, no accelerator, our own interpreter first on the path."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def make_domain(space="solenoidal", boundary=("periodic", "wall", "periodic")) -> DomainSpec:

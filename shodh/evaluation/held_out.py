@@ -130,9 +130,9 @@ def picture_domain(model: Model, held_out: HeldOutDomain) -> dict[str, np.ndarra
     middle = truth.shape[-1] // 2
     shape = forecast.latent.shape[-3:]
     return {
-        "truth": truth.norm(dim=0)[..., middle].numpy(),
-        "decoded": decoded.velocity[0].norm(dim=0)[..., middle].numpy(),
-        "error": (decoded.velocity[0] - truth).norm(dim=0)[..., middle].numpy(),
+        "truth": truth.norm(dim=0)[..., middle].cpu().numpy(),
+        "decoded": decoded.velocity[0].norm(dim=0)[..., middle].cpu().numpy(),
+        "error": (decoded.velocity[0] - truth).norm(dim=0)[..., middle].cpu().numpy(),
         "medium": held_out.medium[0][..., middle].numpy(),
         "expert": np.stack([_expert_map(routing, half, len(batch.current), shape) for routing in forecast.routings]),
         "field": np.array("speed |u| after one forecast step, normalised, slice z = middle"),
@@ -148,7 +148,7 @@ def successive_states(trajectory: TrueTrajectory, index: int) -> LatentBatch:
         following=latents[2:],
         medium=trajectory.medium.expand(num, *trajectory.medium.shape),
         parameters=trajectory.parameters.expand(num, -1),
-        domain=torch.full((num,), index),
+        domain=torch.full((num,), index, device=latents.device),
     )
 
 
@@ -168,4 +168,4 @@ def _expert_map(routing: Routing, sample: int, num_samples: int, latent_shape: S
     per_sample = rearrange(routing.expert[:, 0], "(b n) -> b n", b=num_samples)[sample]
     patch = round((np.prod(latent_shape) / len(per_sample)) ** (1 / 3))
     x, y, z = (size // patch for size in latent_shape)
-    return rearrange(per_sample, "(x y z) -> x y z", x=x, y=y, z=z)[..., z // 2].numpy()
+    return rearrange(per_sample, "(x y z) -> x y z", x=x, y=y, z=z)[..., z // 2].cpu().numpy()

@@ -1,7 +1,9 @@
 """The only training loop: tokenizer, pretraining, fine-tuning and distillation all run through it."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -48,7 +50,7 @@ class Hook(Protocol):
 def train(
     engine: Any,
     objective: Objective,
-    batches_from: Callable[[int], Iterator[Any]],
+    batches_from: Callable[[int], Generator[Any, None, None]],
     config: LoopConfig,
     hooks: Sequence[Hook] = (),
     first_step: int = 0,
@@ -58,32 +60,33 @@ def train(
     ``batches_from(step)`` gives this rank's micro-batches in order from a step on. Raises FloatingPointError, naming
     the step, when the loss is not finite: the newest checkpoint is then the state to go back to.
     """
-    rank = torch.distributed.get_rank()
-    accumulation = engine.gradient_accumulation_steps()
-    batches = batches_from(first_step)
     engine.train()
-    for step in range(first_step, config.schedule.num_steps):
-        started = time.perf_counter()
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
-        learning_rate = learning_rate_at(step, config.schedule)
-        set_learning_rate(engine, learning_rate)
-        objective.begin_step()
-        terms, outputs = [], []
-        for _ in range(accumulation):
-            losses, output = objective(engine, next(batches))
-            engine.backward(losses["total"])
-            engine.step()
-            terms.append({name: value.detach() for name, value in losses.items()})
-            outputs.append(output)
-        scalars = _mean_over_ranks(terms)
-        if not all(torch.isfinite(torch.tensor(value)) for value in scalars.values()):
-            raise FloatingPointError(
-                f"step={step + 1}: loss is not finite ({scalars}). Lower learning_rate and start again."
-            )
-        scalars["learning_rate"] = learning_rate
-        record = StepRecord(step + 1, scalars, time.perf_counter() - started, outputs)
-        for hook in hooks:
-            hook.after_step(record)
+    with closing(batches_from(first_step)) as batches:
+        for step in range(first_step, config.schedule.num_steps):
+            record = _run_step(engine, objective, batches, config, step)
+            for hook in hooks:
+                hook.after_step(record)
+
+
+def _run_step(engine: Any, objective: Objective, batches: Iterator[Any], config: LoopConfig, step: int) -> StepRecord:
+    started = time.perf_counter()
+    torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + torch.distributed.get_rank())
+    learning_rate = learning_rate_at(step, config.schedule)
+    set_learning_rate(engine, learning_rate)
+    objective.begin_step()
+    terms, outputs = [], []
+    for _ in range(engine.gradient_accumulation_steps()):
+        losses, output = objective(engine, next(batches))
+        engine.backward(losses["total"])
+        engine.step()
+        terms.append({name: value.detach() for name, value in losses.items()})
+        outputs.append(output)
+    scalars = _mean_over_ranks(terms)
+    if not all(math.isfinite(value) for value in scalars.values()):
+        raise FloatingPointError(
+            f"step={step + 1}: loss is not finite ({scalars}). Lower learning_rate and start again."
+        )
+    return StepRecord(step + 1, scalars | {"learning_rate": learning_rate}, time.perf_counter() - started, outputs)
 
 
 def _mean_over_ranks(terms: list[dict[str, Tensor]]) -> dict[str, float]:

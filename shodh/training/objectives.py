@@ -54,7 +54,8 @@ class ForecastObjective:
         total = data + self.config.mean_weight * mean
         total = total + self.config.balance_weight * balance + self.config.z_weight * z
         detached = tuple(Routing(*(value.detach() for value in routing)) for routing in forecast.routings)
-        return {"total": total, "data": data, "mean": mean, "balance": balance, "z": z}, RoutedBatch(detached, batch.domain)
+        terms = {"total": total, "data": data, "mean": mean, "balance": balance, "z": z}
+        return terms, RoutedBatch(detached, batch.domain)
 
     def _disturb(self, state: Tensor) -> Tensor:
         if not self.config.state_noise:
@@ -74,9 +75,7 @@ def relative_change_error(
     return (_mean_square(error) / (_mean_square(change) + floor)).mean()
 
 
-def relative_mean_error(
-    prediction: Float[Tensor, "b c x y z"], batch: LatentBatch, floor: float
-) -> Float[Tensor, ""]:
+def relative_mean_error(prediction: Float[Tensor, "b c x y z"], batch: LatentBatch, floor: float) -> Float[Tensor, ""]:
     """The same for box means, which carry the mean flow: an error that all tokens share does not average out."""
     mean_error = reduce(prediction.float() - batch.following, "b c x y z -> b c 1 1 1", "mean")
     return (_mean_square(mean_error) / (_mean_square(batch.following - batch.current) + floor)).mean()

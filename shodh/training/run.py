@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from shodh.training.tracking import Track, TrackingConfig
 def train_resumably(
     engine: Any,
     objective: Objective,
-    batches_from: Callable[[int], Iterator[Any]],
+    batches_from: Callable[[int], Generator[Any, None, None]],
     loop: LoopConfig,
     hooks: Sequence[Hook],
     *,
