@@ -5,13 +5,14 @@
 
 PYTHON ?= python3
 SIZE ?= quickstart
-RANKS ?= 2
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+RANKS ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
 BIN := .venv/bin
 # DeepSpeed's launcher starts one process per rank; on CPU the ranks talk through gloo. A port of our own lets two runs
 # share a machine.
 PORT := $(shell shuf -i 20000-32000 -n 1)
 DEEPSPEED := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --master_port $(PORT) --num_gpus $(RANKS)
-ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
 endif

@@ -25,8 +25,8 @@ class GenerateConfig:
 
     folder: Path
     num_test: int  # trajectories held out, the last ones
-    device: str = "cpu"
     num_processes: int = 2  # domains simulated side by side
+    device: Literal["cpu", "cuda"] = "cpu"
     domain: Literal["all", "acoustics", "open_channel", "porous_media"] = "all"
     acoustics: dict[str, Any] | None = None
     open_channel: dict[str, Any] | None = None
@@ -39,8 +39,15 @@ def main(arguments: list[str]) -> None:
     chosen: list[Section] = [s for s in SECTIONS if getattr(config, s) is not None and config.domain in ("all", s)]
     if not chosen:
         raise ConfigError(f"domain={config.domain}: {path} has no such section. Sections: {', '.join(SECTIONS)}.")
+    if config.num_processes < 1:
+        raise ConfigError(f"num_processes={config.num_processes}: must be at least 1. Raise it.")
+    for section in chosen:  # before any of them takes minutes
+        parse_config(_load_simulator(section)[1], getattr(config, section), source=f"{path}, section {section}")
+    import torch
     from tqdm import tqdm
 
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has none that PyTorch can use. Set device=cpu.")
     context = multiprocessing.get_context("spawn")
     lock = (context.RLock(),)  # shared, so that the bars of several processes do not write over each other
     with ProcessPoolExecutor(config.num_processes, context, initializer=tqdm.set_lock, initargs=lock) as pool:

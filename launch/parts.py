@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.latents import LatentStore, open_latents
 from data.reader import Store, open_store
@@ -29,7 +30,11 @@ def open_stores(folder: Path, domains: Sequence[str]) -> list[Store]:
                 f"domains={name}: no such store in {folder} (there are: {', '.join(present) or 'none'}). "
                 "Generate it with launch/generate_data.py, or correct the name."
             )
-    return [open_store(folder / name) for name in domains]
+    stores = [open_store(folder / name) for name in domains]
+    for name, store in zip(domains, stores, strict=True):
+        if store.domain.name != name:
+            raise ConfigError(f"store={folder / name}: holds {store.domain.name}. Rename the folder to what it holds.")
+    return stores
 
 
 def open_tokenized(
@@ -109,43 +114,41 @@ def require_channels(config: TransformerConfig, tokenizer: Tokenizer) -> None:
             raise ConfigError(f"model.{name}={asked}: the tokenizer gives {given}. Set model.{name}={given}.")
 
 
-def fit_baselines(
-    tokenizer: Tokenizer, stores: Sequence[Store], snapshots_per_domain: int = 150
-) -> dict[str, BlockKLT]:
-    """Block KLTs on the training fields of all domains: with the state's latent values, and with the medium's too."""
+def fit_baselines(tokenizer: Tokenizer, stores: Sequence[Store]) -> dict[str, BlockKLT]:
+    """Block KLTs on the training fields of all domains, with as many values a block as state and medium latents have
+    together (``block_klt``), and as the state's alone (``block_klt_of_state``)."""
 
     def velocities() -> Iterator[Tensor]:
-        for store in stores:
+        states = [
+            (store, i, t) for store in stores for i in store.trajectories("train") for t in range(store.num_snapshots)
+        ]
+        for store, i, t in tqdm(states, desc="block KLT", unit="snapshot", mininterval=1.0):
             scale = tokenizer.statistics[store.domain.name]["velocity_scale"]
-            states = [(i, t) for i in store.trajectories("train") for t in range(store.num_snapshots)]
-            for i, t in states[:: max(1, len(states) // snapshots_per_domain)][:snapshots_per_domain]:
-                yield torch.from_numpy(store.snapshot(i, t)[0])[None] / scale
+            yield torch.from_numpy(store.snapshot(i, t)[0])[None] / scale
 
     sizes = tokenizer.autoencoder.config
-    return BlockKLT.fit(
-        velocities(),
-        {"block_klt": sizes.latent_channels, "block_klt_with_medium": sizes.latent_channels + sizes.medium_channels},
-    )
+    values = {"block_klt": sizes.latent_channels + sizes.medium_channels, "block_klt_of_state": sizes.latent_channels}
+    return BlockKLT.fit(velocities(), values)
 
 
 def load_model(run: Path, tokenizer: Tokenizer, device: torch.device) -> tuple[LatentTransformer, dict[str, Any]]:
     """The newest pretrained model of a run, ready to predict, and what ``evaluation.json`` says of the run."""
     state, saved = read_newest(run / "checkpoints" / "pretrain")
-    description = saved["description"]
-    if description["tokenizer"] != tokenizer.digest:
+    identity = saved["identity"]
+    if identity["tokenizer"] != tokenizer.digest:
         raise ConfigError(
             f"run={run}: was trained on another tokenizer's latents. Use that tokenizer, or pretrain again."
         )
-    config = parse_config(TransformerConfig, description["config"]["model"], source=str(run))
+    config = parse_config(TransformerConfig, identity["model"], source=str(run))
     model = LatentTransformer(config)
     load_parameters(model, state)
     total, active = count_parameters(model)
     return model.to(device).eval().requires_grad_(False), {
-        "config": description["config"],
+        "config": saved["record"]["config"],
         "git_sha": saved["git_sha"],
         "step": saved["step"],
         "parameters_total": total,
         "parameters_active": active,
-        "data_digests": description["data"],
+        "data_digests": identity["data"],
         "tokenizer_hash": tokenizer.digest,
     }

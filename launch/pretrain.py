@@ -10,12 +10,12 @@ def main(arguments: list[str]) -> None:
     path, overrides = split_arguments(arguments, "launch/pretrain.py CONFIG.yaml [key=value ...]")
     import torch
     from parts import hold_out, open_tokenized, require_channels
-    from settings import Pretraining, mixture_config
+    from settings import Pretraining, identity_of, mixture_config
 
     from data.mixture import LatentMixture, stream
     from shodh.config import load_config, to_plain
     from shodh.evaluation.hooks import MeasureDivergence, MeasureForecast, MeasureRollout, MeasureRouting
-    from shodh.model.transformer import LatentTransformer, count_parameters
+    from shodh.model.transformer import LatentTransformer
     from shodh.training.engine import build_engine, distributed
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
@@ -31,7 +31,6 @@ def main(arguments: list[str]) -> None:
         engine = build_engine(model, config.engine, group.device)
         measured = zip(stores, latents, strict=True) if group.rank == 0 else ()  # other ranks only train
         probes = [hold_out(tokenizer, store, cache, group.device) for store, cache in measured]
-        total, active = count_parameters(model)
         train_resumably(
             engine,
             ForecastObjective(config.objective),
@@ -45,12 +44,9 @@ def main(arguments: list[str]) -> None:
             ],
             folder=config.run,
             phase="pretrain",
-            description={
-                "config": to_plain(config),
-                "data": {s.domain.name: s.digest for s in latents},
-                "tokenizer": tokenizer.digest,
-                "parameters": {"total": total, "active": active},
-            },
+            identity=identity_of(config)
+            | {"data": {s.domain.name: s.digest for s in latents}, "tokenizer": tokenizer.digest},
+            record={"config": to_plain(config)},
             checkpoint_interval=config.checkpoint_interval,
             tracking=config.tracking,
             tokens_per_step=config.engine.batch_size * config.engine.accumulation * cells // config.model.patch**3,

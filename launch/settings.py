@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.mixture import MixtureConfig
+from shodh.config import to_plain
 from shodh.model.transformer import TransformerConfig
 from shodh.training.engine import EngineConfig
 from shodh.training.loop import LoopConfig
@@ -28,6 +30,10 @@ class TokenizerTraining:
     checkpoint_interval: int
     augment: bool = True  # random translations along periodic axes
 
+    def __post_init__(self) -> None:
+        require_domains(self.domains)
+        require_positive(self, "checkpoint_interval")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentCaching:
@@ -38,6 +44,10 @@ class LatentCaching:
     tokenizer: Path
     latents: Path
     threads: int = 2
+
+    def __post_init__(self) -> None:
+        require_domains(self.domains)
+        require_positive(self, "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,10 @@ class Pretraining:
     checkpoint_interval: int
     measure_interval: int  # steps between measurements on held-out samples
 
+    def __post_init__(self) -> None:
+        require_domains(self.domains)
+        require_positive(self, "checkpoint_interval", "measure_interval")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -69,6 +83,10 @@ class Evaluation:
     run: Path
     threads: int = 2
 
+    def __post_init__(self) -> None:
+        require_domains(self.domains)
+        require_positive(self, "threads")
+
 
 CONFIGS = {
     "train_tokenizer": TokenizerTraining,
@@ -76,6 +94,27 @@ CONFIGS = {
     "pretrain": Pretraining,
     "evaluate_model": Evaluation,
 }
+
+
+def require_domains(domains: tuple[str, ...]) -> None:
+    """ValueError unless there is a domain and none twice."""
+    if not domains or len(set(domains)) < len(domains):
+        raise ValueError(f"domains={list(domains)}: name at least one, and none twice.")
+
+
+def require_positive(config: object, *names: str) -> None:
+    """ValueError naming the first of these fields that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: must be at least 1. Raise it.")
+
+
+def identity_of(config: "TokenizerTraining | Pretraining") -> dict[str, Any]:
+    """The part of a training config that decides its result; a run is continued only with the same."""
+    plain = to_plain(config)
+    engine = {key: plain["engine"][key] for key in ("batch_size", "accumulation", "gradient_clipping", "weight_decay")}
+    kept = ("domains", "autoencoder", "model", "objective", "loop", "augment")
+    return {key: plain[key] for key in kept if key in plain} | {"engine": engine}
 
 
 def mixture_config(engine: EngineConfig, loop: LoopConfig, augment: bool = False) -> MixtureConfig:

@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> None:
     path, overrides = split_arguments(arguments, "launch/train_tokenizer.py CONFIG.yaml [key=value ...]")
     import torch
     from parts import open_stores
-    from settings import TokenizerTraining, mixture_config
+    from settings import TokenizerTraining, identity_of, mixture_config
 
     from data.mixture import FieldMixture, stream
     from data.statistics import measure_statistics
@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
             hooks=[],
             folder=config.run,
             phase="tokenizer",
-            description={"config": to_plain(config), "data": {s.domain.name: s.digest for s in stores}},
+            identity=identity_of(config) | {"data": {s.domain.name: s.digest for s in stores}},
+            record={"config": to_plain(config)},
             checkpoint_interval=config.checkpoint_interval,
             tracking=config.tracking,
             tokens_per_step=config.engine.batch_size * config.engine.accumulation * cells // 8**3,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 def run(main: Callable[[list[str]], None]) -> None:
     """Call ``main`` with the command line; ``--help`` prints the script's docstring and imports nothing heavy.
 
-    A ValueError, RuntimeError, OSError or FloatingPointError becomes one line and exit code 1, its traceback shown only
+    A ValueError, RuntimeError, OSError or ArithmeticError becomes one line and exit code 1, its traceback shown only
     with ``--debug``. The launcher's ``--local_rank=N`` is dropped.
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
@@ -24,7 +24,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if debug:
             raise
-        if not (isinstance(error, ValueError) and os.environ.get("RANK", "0") != "0"):  # rank 0 says the same
+        # rank 0 says what a user can mend; that a peer has gone is no news
+        if os.environ.get("RANK", "0") == "0" or not (isinstance(error, ValueError) or "peer" in str(error)):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 

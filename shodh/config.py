@@ -34,7 +34,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         )
     try:
         raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path}: not valid YAML: {_one_line(error)}. Mend the file.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"config={path}: holds a {type(raw).__name__}. Write `key: value` lines.")
@@ -56,7 +56,8 @@ def parse_config(cls: type[T], raw: dict[str, Any], *, source: str) -> T:
         message = first["msg"].removeprefix("Value error, ")
         if key == "config":
             raise ConfigError(f"{message} (in {source})") from None
-        raise ConfigError(f"{key}={first['input']!r}: {message} (in {source}).") from None
+        shown = key if isinstance(first["input"], dict) else f"{key}={first['input']!r}"
+        raise ConfigError(f"{shown}: {message} (in {source}).") from None
 
 
 def dump_config(config: Any) -> str:
@@ -89,7 +90,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key}={text}: {parent} is a value, not a section. Set {parent} itself.")
-    node[last] = value
+    node[last] = _merge(node.get(last), value)
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """``new`` over ``old``: sections are merged key by key, everything else is replaced."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {key: _merge(old.get(key), value) for key, value in new.items()}
+    return new
 
 
 def _check_keys(annotation: Any, raw: Any, *, prefix: str, source: str) -> None:

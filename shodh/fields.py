@@ -63,10 +63,6 @@ class FieldSpec:
     location: Literal["cell", "face"]
     long_name: str
 
-    @property
-    def num_components(self) -> int:
-        return 3 if self.location == "face" else 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSpec:

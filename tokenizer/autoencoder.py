@@ -31,6 +31,8 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.latent_channels < 3:
             raise ValueError(f"latent_channels={self.latent_channels}: the mean flow needs 3. Raise it.")
+        if self.medium_channels < 1 or min(self.widths) < 8 or min(*self.encoder_depths, *self.decoder_depths) < 0:
+            raise ValueError("autoencoder: medium_channels from 1, widths from 8 and depths from 0 make a network.")
         fine, middle, coarse = self.widths
         for name, inner, outer in (("middle", fine, middle), ("coarse", middle, coarse)):
             if inner % 8 or outer % 8 or 8 * inner % outer:
@@ -126,13 +128,14 @@ def set_mean_flow(
     The asinh keeps a channel's strong mean flow from setting the scale on which a weak porous one is forecast.
     """
     flow = torch.asinh(2 * reduce(velocity, "b f x y z -> b f 1 1 1", "mean"))
-    first = latent[:, :3] - reduce(latent[:, :3], "b f i j k -> b f 1 1 1", "mean") + flow.to(latent.dtype)
+    latent = latent.float()  # bf16 would round the mean flow by a percent
+    first = latent[:, :3] - reduce(latent[:, :3], "b f i j k -> b f 1 1 1", "mean") + flow
     return torch.cat([first, latent[:, 3:]], 1)
 
 
 def read_mean_flow(latent: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b 3"]:
-    """The mean velocity that ``set_mean_flow`` wrote."""
-    return torch.sinh(reduce(latent[:, :3].float(), "b f i j k -> b f", "mean")) / 2
+    """The mean velocity that ``set_mean_flow`` wrote; it saturates at 100, which no sane forecast means."""
+    return torch.sinh(reduce(latent[:, :3].float(), "b f i j k -> b f", "mean").clamp(-6, 6)) / 2
 
 
 @torch.no_grad()

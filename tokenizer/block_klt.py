@@ -22,9 +22,9 @@ class BlockKLT:
         size = 3 * BLOCK**3
         moment, total, count = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64), 0
         for velocity in velocities:
-            blocks = to_blocks(velocity).double().cpu()
-            moment += blocks.T @ blocks
-            total += blocks.sum(0)
+            blocks = to_blocks(velocity).cpu()
+            moment += blocks.T @ blocks  # one snapshot in its own precision, their sum in FP64
+            total += blocks.sum(0, dtype=torch.float64)
             count += len(blocks)
         mean = total / count
         _, vectors = torch.linalg.eigh(moment / count - torch.outer(mean, mean))

@@ -71,8 +71,7 @@ def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domai
         "tokenizer": {
             "vrmse": {"velocity": means.pop("velocity"), "pressure": means.pop("pressure")},
             **{f"{name}_vrmse": {"velocity": value} for name, value in means.items()},
-            "latent_values": held_out.trajectories[0].latents.shape[1],
-            "medium_values": held_out.trajectories[0].medium.shape[0],
+            "latent_values": held_out.trajectories[0].latents.shape[1] + held_out.trajectories[0].medium.shape[0],
         },
         "latent_mse": one_step["latent_mse"],
         "persistence_latent_mse": one_step["persistence_mse"],

@@ -92,8 +92,10 @@ class MeasureRollout:
                 lambda latent, medium, probe=probe: probe.decode(latent, medium)[1:],
                 probe.trajectories[0],
             )
-            for steps, error in measured["vrmse"].items():
-                record.scalars[f"rollout/vrmse_{steps}/{probe.domain.name}"] = error
+            errors = {steps: error for steps, error in measured["vrmse"].items() if error is not None}
+            record.scalars.update(
+                {f"rollout/vrmse_{steps}/{probe.domain.name}": error for steps, error in errors.items()}
+            )
 
 
 def due(probes: Sequence[HeldOutDomain], interval: int, record: StepRecord) -> Sequence[HeldOutDomain]:

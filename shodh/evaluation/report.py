@@ -126,12 +126,5 @@ def _find_routing_tiles(run: Run) -> list[Tile]:
 
 
 def _find_size_tiles(run: Run) -> list[Tile]:
-    tiles = []
-    total, active, wall = (run.facts.get(key) for key in ("parameters_total", "parameters_active", "wall_seconds"))
-    if total:
-        tiles.append(Tile("Parameters", format_count(total), f"{format_count(active)} active"))
-    if wall:
-        minutes = round(wall / 60)
-        text = f"{wall:.0f} s" if wall < 120 else f"{minutes} min" if minutes < 120 else f"{wall / 3600:.1f} h"
-        tiles.append(Tile("Wall time", text))
-    return tiles
+    total, active = (run.facts.get(key) for key in ("parameters_total", "parameters_active"))
+    return [Tile("Parameters", format_count(total), f"{format_count(active)} active")] if total else []

@@ -82,7 +82,8 @@ def measure_rollout(predict: Predict, decode: Decode, truth: TrueTrajectory) -> 
 
     Persistence is the last given true field, kept; the floor decodes the true latents. At the last
     step, ``energy_drift`` is predicted over true kinetic energy less 1 and ``band_error`` that ratio in every octave.
-    Steps at which the true field is silent (a wave that has not started) enter no mean; a span without a step is None.
+    Steps at which the true field is silent (a wave that has not started), or the predicted latent no longer finite,
+    enter no mean; a span without a step is None.
     """
     num_steps = len(truth.latents) - 2
     if num_steps < 1:
@@ -90,7 +91,9 @@ def measure_rollout(predict: Predict, decode: Decode, truth: TrueTrajectory) -> 
     latents = rearrange(truth.latents, "t c x y z -> t 1 c x y z")
     medium, parameters = truth.medium.unsqueeze(0), truth.parameters.unsqueeze(0)
     predicted = roll_out(predict, latents[0], latents[1], medium, parameters, num_steps)[0]
-    velocity, pressure = _decode_each(decode, predicted, medium)
+    sane = predicted.isfinite().all(dim=(1, 2, 3, 4))
+    velocity, pressure = _decode_each(decode, predicted.where(sane.reshape(-1, 1, 1, 1, 1), 0.0), medium)
+    velocity[~sane], pressure[~sane] = math.nan, math.nan  # a rollout that blew up has no error, and says so by None
     floor_velocity, floor_pressure = _decode_each(decode, truth.latents[2:], medium)
     result = _measure_field("", velocity, floor_velocity, truth.velocity)
     result |= _measure_field("_pressure", pressure, floor_pressure, truth.pressure)
@@ -127,7 +130,10 @@ def _measure_field(suffix: str, predicted: Tensor, floor: Tensor, truth: Tensor)
     }
     result: dict[str, Any] = {}
     for name, row in rows.items():
-        steps = [None if quiet else error for error, quiet in zip(row.tolist(), silent.tolist(), strict=True)]
+        steps = [
+            error if math.isfinite(error) and not quiet else None
+            for error, quiet in zip(row.tolist(), silent.tolist(), strict=True)
+        ]
         result[name + suffix] = {"1": steps[0], "2-5": average_rollouts(steps[1:5]), "last": steps[-1]}
         result[f"{name}{suffix}_per_step"] = steps
     return result
@@ -137,7 +143,7 @@ def _measure_energy(
     predicted: Tensor, truth: Tensor, boundary: tuple[Boundary, Boundary, Boundary]
 ) -> dict[str, float | list[float] | None]:
     energy, true_energy = (reduce(u.double() ** 2, "b f x y z -> b", "sum").item() for u in (predicted, truth))
-    if true_energy == 0:
+    if true_energy == 0 or not math.isfinite(energy):
         return {"energy_drift": None, "band_error": None}
     num_bands = max(1, int(math.log2(min(truth.shape[-3:]))) - 1)
     bands, true_bands = (band_energy(u.double(), boundary, num_bands)[0] for u in (predicted, truth))

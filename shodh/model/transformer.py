@@ -34,6 +34,18 @@ class TransformerConfig:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in (
+            "latent_channels",
+            "patch",
+            "width",
+            "depth",
+            "num_heads",
+            "num_experts",
+            "hidden",
+            "semantic_width",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
                 f"width={self.width}: each of {self.num_heads} heads needs an even share. Change one of them."

@@ -1,8 +1,9 @@
 """Checkpoints that are either complete or absent, in logical parameter space.
 
 A checkpoint is a folder ``step-N`` with ``state.safetensors`` (full FP32 parameters, Adam moments and buffers by name),
-``run.json`` and a manifest of SHA-256 digests. It is written as ``step-N.tmp``, synced, then renamed. Nothing is
-pickled. Because names are logical, the number of ranks and the ZeRO stage may change on resume.
+``run.json``, the resolved ``config.yaml`` that restarts the run, and a manifest of SHA-256 digests. It is written as
+``step-N.tmp``, synced, then renamed. Nothing is pickled. Because names are logical, the number of ranks and the ZeRO
+stage may change on resume.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shodh.config import ConfigError
+from shodh.config import ConfigError, dump_config
 from shodh.training.engine import MOMENTS, plain_optimizer
 from shodh.training.loop import StepRecord
 
@@ -85,6 +86,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Tensor], run: dic
         temporary.mkdir()
         save_file(state, temporary / "state.safetensors")
         (temporary / "run.json").write_text(json.dumps({"step": step, **run}, indent=1))
+        (temporary / "config.yaml").write_text(dump_config(run["record"]["config"]))
         digests = {path.name: digest_file(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
         for path in [*temporary.iterdir(), temporary]:

@@ -16,6 +16,16 @@ from shodh.config import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+# What EngineConfig's own fields decide in DeepSpeed's JSON.
+OWNED_KEYS = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "torch_autocast",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -32,8 +42,17 @@ class EngineConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.accumulation < 1:
-            raise ValueError(f"batch_size={self.batch_size}, accumulation={self.accumulation}: must be at least 1.")
+        for name in ("batch_size", "accumulation", "threads_per_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
+        if self.gradient_clipping < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"gradient_clipping={self.gradient_clipping}, weight_decay={self.weight_decay}: "
+                "must not be negative. Use 0 to switch one off."
+            )
+        owned = sorted(self.extra.keys() & OWNED_KEYS)
+        if owned:
+            raise ValueError(f"extra.{owned[0]}: has a field of its own in engine. Set that instead.")
 
 
 class ProcessGroup(NamedTuple):
@@ -51,7 +70,7 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and
     leaves 69 MB a rank in /dev/shm.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(threads_per_rank)

@@ -21,6 +21,10 @@ class LoopConfig:
     schedule: ScheduleConfig
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative.")
+
 
 class StepRecord(NamedTuple):
     """What one optimizer step produced; hooks read it. ``step`` counts completed steps, from 1."""

@@ -15,11 +15,10 @@ from shodh.fields import LatentBatch, Routing
 class ForecastConfig:
     """Weights beside the forecast error, whose weight is 1."""
 
-    mean_weight: float = 4.0
+    mean_weight: float = 16.0
     balance_weight: float = 0.01
     z_weight: float = 1e-4
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
-    state_noise: float = 0.0  # standard deviation per cell and of the box mean added to both inputs, against drift
 
 
 class RoutedBatch(NamedTuple):
@@ -40,8 +39,7 @@ class ForecastObjective:
         self.token_count = None
 
     def __call__(self, engine: Any, batch: LatentBatch) -> tuple[dict[str, Tensor], RoutedBatch]:
-        previous, current = (self._disturb(state) for state in (batch.previous, batch.current))
-        forecast = engine(previous, current, batch.medium, batch.parameters)
+        forecast = engine(batch.previous, batch.current, batch.medium, batch.parameters)
         counts = torch.stack([count_tokens(routing) for routing in forecast.routings])
         torch.distributed.all_reduce(counts)
         self.token_count = counts if self.token_count is None else self.token_count + counts
@@ -56,12 +54,6 @@ class ForecastObjective:
         detached = tuple(Routing(*(value.detach() for value in routing)) for routing in forecast.routings)
         terms = {"total": total, "data": data, "mean": mean, "balance": balance, "z": z}
         return terms, RoutedBatch(detached, batch.domain)
-
-    def _disturb(self, state: Tensor) -> Tensor:
-        if not self.config.state_noise:
-            return state
-        shared = torch.randn(*state.shape[:2], 1, 1, 1, device=state.device)
-        return state + self.config.state_noise * (torch.randn_like(state) + shared)
 
 
 def relative_change_error(
@@ -93,7 +85,7 @@ def count_tokens(routing: Routing) -> Float[Tensor, "e"]:
 def balance_loss(routing: Routing, global_count: Float[Tensor, "e"]) -> Float[Tensor, ""]:
     """e * sum_e (share of the *global* batch on e) * (mean probability of e here); 1 when balanced.
 
-    The share is taken over ranks and accumulation steps: a micro-batch holds few domains, and balancing inside it would
+    The share is taken over ranks and the accumulation steps so far: a micro-batch holds few domains, and balancing inside it would
     spread every domain over all experts. Fedus et al., Switch Transformers (2021), eq. 4.
     """
     share = global_count / global_count.sum()

@@ -24,26 +24,30 @@ def train_resumably(
     *,
     folder: Path,
     phase: str,
-    description: dict[str, Any],
+    identity: dict[str, Any],
+    record: dict[str, Any],
     checkpoint_interval: int,
     tracking: TrackingConfig,
     tokens_per_step: int,
 ) -> None:
     """Train to ``loop.schedule.num_steps`` from the newest intact checkpoint in ``folder``, or from the start.
 
-    ``description`` (config, digests of data) is stored with every checkpoint. Raises ConfigError when the folder was
-    begun with another one: the old checkpoints stay, and the message names what differs.
+    ``identity`` is what decides the result (sizes, objective, schedule, seed, digests of data); ``record`` is all that
+    is worth knowing (the whole config). Both are stored with every checkpoint. Raises ConfigError when the folder was
+    begun with another identity: the old checkpoints stay, and the message names what differs. Ranks, ZeRO stage,
+    threads, paths and intervals may change.
     """
     leader = torch.distributed.get_rank() == 0
     checkpoints = folder / "checkpoints" / phase
-    first_step = _resume(engine, checkpoints, description, leader)
+    first_step = _resume(engine, checkpoints, identity, leader)
     num_steps = loop.schedule.num_steps
     if first_step >= num_steps:
         _say(leader, f"{phase}: all {num_steps} steps are done ({checkpoints}/step-{first_step})")
         return
     _say(leader, f"{phase}: steps {first_step + 1} to {num_steps} -> {checkpoints}")
     track = Track(folder, phase, tracking, first_step, num_steps, tokens_per_step)
-    run = {"description": description, "git_sha": read_git_sha(), "world_size": torch.distributed.get_world_size()}
+    size = torch.distributed.get_world_size()
+    run = {"identity": identity, "record": record, "git_sha": read_git_sha(), "world_size": size}
     save = SaveCheckpoint(engine, checkpoints, checkpoint_interval, num_steps, run)
     try:
         train(engine, objective, batches_from, loop, [*hooks, track, save], first_step)
@@ -62,12 +66,12 @@ def read_git_sha() -> str:
     return sha.stdout.strip() + ("+" if dirty.returncode else "")
 
 
-def _resume(engine: Any, checkpoints: Path, description: dict[str, Any], leader: bool) -> int:
+def _resume(engine: Any, checkpoints: Path, identity: dict[str, Any], leader: bool) -> int:
     newest = find_newest(checkpoints, lambda message: _say(leader, f"warning: {message}"))
     if newest is None:
         return 0
     state, run = read_checkpoint(newest)
-    differences = list(_differences(run["description"], json.loads(json.dumps(description))))
+    differences = list(_differences(run["identity"], json.loads(json.dumps(identity))))
     if differences:
         raise ConfigError(
             f"{checkpoints}: was begun with another configuration ({'; '.join(differences[:3])}). "

@@ -16,6 +16,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps}: must be at least 1.")
+        if self.num_warmup_steps < 0:
+            raise ValueError(f"num_warmup_steps={self.num_warmup_steps}: must not be negative.")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate={self.learning_rate}: must lie between 0 and 1.")
 

@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from tqdm import tqdm
@@ -20,6 +20,10 @@ class TrackingConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "shodh"
     interval: int = 1  # steps between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval}: must be at least 1. Raise it.")
 
 
 class Track:
@@ -37,7 +41,7 @@ class Track:
         if not self.active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "metrics.jsonl").open("a")
+        self.file = _open_for_appending(folder / "metrics.jsonl")
         self.bar = tqdm(
             total=num_steps, initial=first_step, desc=phase, unit="step", mininterval=1.0, dynamic_ncols=True
         )
@@ -71,6 +75,15 @@ class Track:
                     self.run.finish()
                 except Exception as error:  # W&B must never end a finished run
                     _warn_wandb(error)
+
+
+def _open_for_appending(path: Path) -> TextIO:
+    """The file, its last line ended: one torn by a kill must not swallow the next."""
+    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = path.open("a")
+    if torn:
+        file.write("\n")
+    return file
 
 
 def _start_wandb(folder: Path, phase: str, config: TrackingConfig) -> Any:

@@ -89,7 +89,6 @@ def write_example_run(folder: Path) -> Path:
             "git_sha": "0123456789abcdef0123456789abcdef01234567",
             "parameters_total": 9_812_345,
             "parameters_active": 3_204_000,
-            "wall_seconds": 1534.2,
             "data_digests": dict.fromkeys(DOMAINS, "sha256:" + "5f" * 32),
             "tokenizer_hash": "a1b2c3d4e5f60718",
         },

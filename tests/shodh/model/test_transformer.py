@@ -1,7 +1,6 @@
 """The latent transformer: starts at persistence, sees physics only, and can learn."""
 
 import inspect
-import itertools
 
 import pytest
 import torch
@@ -37,15 +36,10 @@ def test_untrained_model_predicts_persistence():
     assert torch.equal(predict(LatentTransformer(SMALL), batch).latent, batch.current)
 
 
-def test_permuting_domain_labels_leaves_predictions_bit_identical():
-    model, batch = make_model(), make_batch()
-    expected = predict(model, batch)
-    assert "domain" not in " ".join(inspect.signature(model.forward).parameters)
-    for labels in itertools.permutations(range(3)):
-        relabelled = batch._replace(domain=torch.tensor(labels)[batch.domain])
-        found = predict(model, relabelled)
-        assert torch.equal(found.latent, expected.latent)
-        assert all(torch.equal(f.expert, e.expert) for f, e in zip(found.routings, expected.routings, strict=True))
+def test_model_has_no_input_for_a_domain():
+    assert list(inspect.signature(LatentTransformer.forward).parameters) == [
+        "self", "previous", "current", "medium", "parameters",
+    ]  # fmt: skip
 
 
 def test_samples_of_a_batch_do_not_see_each_other():

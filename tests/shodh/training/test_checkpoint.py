@@ -14,6 +14,8 @@ from shodh.training.checkpoint import (
     write_checkpoint,
 )
 
+RUN = {"git_sha": "x", "record": {"config": {"seed": 0}}}
+
 
 def state(value: float) -> dict[str, torch.Tensor]:
     return {"parameter/weight": torch.full((64, 8), value), "optimizer/step": torch.tensor(3)}
@@ -22,7 +24,7 @@ def state(value: float) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def folder(tmp_path):
     for step in (10, 20, 30):
-        write_checkpoint(tmp_path, step, state(step), {"git_sha": "x"}, keep=3)
+        write_checkpoint(tmp_path, step, state(step), RUN, keep=3)
     return tmp_path
 
 
@@ -40,7 +42,7 @@ def damage(path, how: str) -> None:
 def test_newest_checkpoint_comes_back_as_written(folder):
     tensors, run = read_newest(folder)
     assert torch.equal(tensors["parameter/weight"], state(30)["parameter/weight"])
-    assert run == {"step": 30, "git_sha": "x"}
+    assert run == {"step": 30, **RUN}
 
 
 @pytest.mark.parametrize("how", ["truncated", "bit", "missing"])
@@ -67,10 +69,10 @@ def test_an_unfinished_write_is_no_checkpoint(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_sync", die)
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(folder, 40, state(40), {})
+        write_checkpoint(folder, 40, state(40), RUN)
     monkeypatch.undo()
     assert find_newest(folder, print) == folder / "step-30"
-    assert write_checkpoint(folder, 40, state(40), {}) == find_newest(folder, print)
+    assert write_checkpoint(folder, 40, state(40), RUN) == find_newest(folder, print)
 
 
 def test_full_disk_is_one_line_and_older_checkpoints_stay(folder, monkeypatch):
@@ -79,13 +81,13 @@ def test_full_disk_is_one_line_and_older_checkpoints_stay(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", fill)
     with pytest.raises(CheckpointError, match="No space left.*untouched"):
-        write_checkpoint(folder, 40, state(40), {})
+        write_checkpoint(folder, 40, state(40), RUN)
     assert find_newest(folder, print) == folder / "step-30" and not list(folder.glob("*.tmp"))
 
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
-        write_checkpoint(tmp_path, step, state(step), {}, keep=2)
+        write_checkpoint(tmp_path, step, state(step), RUN, keep=2)
     assert {path.name for path in list_checkpoints(tmp_path)} == {"step-3", "step-10"}
 
 
