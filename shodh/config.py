@@ -27,6 +27,8 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     Raises ConfigError for a missing file, broken YAML, an unknown key (the nearest key is named) or a wrong type.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"config={path}: is a folder. Give a YAML file in it.")
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(

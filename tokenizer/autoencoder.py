@@ -122,20 +122,19 @@ class Autoencoder(nn.Module):
 def set_mean_flow(
     latent: Float[Tensor, "b c i j k"], velocity: Float[Tensor, "b 3 x y z"]
 ) -> Float[Tensor, "b c i j k"]:
-    """The latent with the box means of its first three channels replaced by asinh(2 x mean velocity).
+    """The latent with the box means of its first three channels replaced by the mean velocity.
 
     So the harmonic part of the flow, which no potential can carry, passes the bottleneck exactly and costs 3 numbers.
-    The asinh keeps a channel's strong mean flow from setting the scale on which a weak porous one is forecast.
     """
-    flow = torch.asinh(2 * reduce(velocity, "b f x y z -> b f 1 1 1", "mean"))
     latent = latent.float()  # bf16 would round the mean flow by a percent
+    flow = reduce(velocity, "b f x y z -> b f 1 1 1", "mean")
     first = latent[:, :3] - reduce(latent[:, :3], "b f i j k -> b f 1 1 1", "mean") + flow
     return torch.cat([first, latent[:, 3:]], 1)
 
 
 def read_mean_flow(latent: Float[Tensor, "b c i j k"]) -> Float[Tensor, "b 3"]:
-    """The mean velocity that ``set_mean_flow`` wrote; it saturates at 100, which no sane forecast means."""
-    return torch.sinh(reduce(latent[:, :3].float(), "b f i j k -> b f", "mean").clamp(-6, 6)) / 2
+    """The mean velocity that ``set_mean_flow`` wrote."""
+    return reduce(latent[:, :3].float(), "b f i j k -> b f", "mean")
 
 
 @torch.no_grad()

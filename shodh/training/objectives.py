@@ -85,8 +85,8 @@ def count_tokens(routing: Routing) -> Float[Tensor, "e"]:
 def balance_loss(routing: Routing, global_count: Float[Tensor, "e"]) -> Float[Tensor, ""]:
     """e * sum_e (share of the *global* batch on e) * (mean probability of e here); 1 when balanced.
 
-    The share is taken over ranks and the accumulation steps so far: a micro-batch holds few domains, and balancing inside it would
-    spread every domain over all experts. Fedus et al., Switch Transformers (2021), eq. 4.
+    The share is taken over ranks and the accumulation steps so far: a micro-batch holds few domains, and balancing
+    inside it would spread every domain over all experts. Fedus et al., Switch Transformers (2021), eq. 4.
     """
     share = global_count / global_count.sum()
     return len(share) * (share * reduce(routing.probability, "n e -> e", "mean")).sum()

@@ -38,6 +38,8 @@ def train_resumably(
     threads, paths and intervals may change.
     """
     leader = torch.distributed.get_rank() == 0
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run={folder}: is a file. Give a folder.")
     checkpoints = folder / "checkpoints" / phase
     first_step = _resume(engine, checkpoints, identity, leader)
     num_steps = loop.schedule.num_steps
