@@ -64,3 +64,19 @@ def test_grouped_product_accepts_experts_without_tokens():
     count = torch.tensor([0, 2, 0, 3])
     expected = torch.cat([rows[:2] @ matrices[1], rows[2:] @ matrices[3]])
     torch.testing.assert_close(grouped_product(rows, matrices, count), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_grouped_kernel_on_cuda_equals_the_loop_to_bf16_and_trains():
+    mixture, tokens = make_mixture(), torch.randn(4, 64, 16)
+    expected, _ = mixture(tokens)
+    mixture, tokens = mixture.cuda(), tokens.cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output, routing = mixture(tokens)
+    error = (output.float().cpu() - expected).norm() / expected.norm()
+    assert error < 2.0**-5, "more than a few roundings of 2^-8"
+    output.float().square().sum().backward()
+    used = torch.bincount(routing.expert.flatten(), minlength=4) > 0
+    touched = mixture.routed.gate_up.grad.flatten(1).abs().sum(1) > 0
+    assert torch.equal(touched, used)
