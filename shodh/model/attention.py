@@ -24,6 +24,6 @@ class Attention(nn.Module):
         query, key, value = rearrange(
             self.query_key_value(tokens), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
-        query, key = rotate(self.query_norm(query), angles), rotate(self.key_norm(key), angles)
+        query, key = rotate(self.query_norm(query.float()), angles), rotate(self.key_norm(key.float()), angles)
         mixed = functional.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shodh.fields import Boundary, Grid, VelocitySpace
-from shodh.physics.exterior import curl_of_edges, divergence_of_faces, gradient_of_cells
+from shodh.physics.exterior import curl_of_edges, divergence_of_faces, gradient_of_cells, zero_wall_faces
 
 
 class Potentials(NamedTuple):
@@ -89,7 +89,11 @@ def solve_poisson(right: Float[Tensor, "*s x y z"], grid: Grid) -> Float[Tensor,
 
 
 def remove_divergence(velocity: Float[Tensor, "*s 3 x y z"], grid: Grid) -> Float[Tensor, "*s 3 x y z"]:
-    """The nearest solenoidal velocity on lower faces with the same mean flow: u - grad p, div u = 0 to round-off."""
+    """The nearest solenoidal velocity on lower faces with the same mean flow: u - grad p, div u = 0 to round-off.
+
+    Nothing crosses a wall: whatever velocity stands there is set to 0 first.
+    """
+    velocity = zero_wall_faces(velocity, grid.boundary)
     spacing = torch.tensor(grid.spacing, dtype=velocity.dtype, device=velocity.device).reshape(3, 1, 1, 1)
     pressure = solve_poisson(divergence_of_faces(velocity / spacing, grid.boundary), grid)
     return velocity - gradient_of_cells(pressure, grid.boundary) / spacing
