@@ -5,12 +5,12 @@
 
 PYTHON ?= python3
 SIZE ?= quickstart
-GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-RANKS ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+GPUS := $(strip $(shell nvidia-smi -L 2>/dev/null | wc -l))
+RANKS ?= $(if $(filter 1,$(GPUS)),1,2)
 BIN := .venv/bin
 # DeepSpeed's launcher starts one process per rank; on CPU the ranks talk through gloo. A port of our own lets two runs
 # share a machine.
-PORT := $(shell shuf -i 20000-32000 -n 1)
+PORT := $(shell $(PYTHON) -c 'import random; print(random.randint(20000, 32000))')
 DEEPSPEED := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --master_port $(PORT) --num_gpus $(RANKS)
 ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
