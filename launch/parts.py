@@ -71,13 +71,14 @@ def hold_out(
     store: Store,
     latents: LatentStore,
     device: torch.device,
+    num_trajectories: int | None = None,
     baselines: dict[str, BlockKLT] | None = None,
 ) -> HeldOutDomain:
-    """The test split of one domain, in memory, with the tokenizer's decoder and the codes it is compared with."""
+    """One domain's test split, or its first trajectories, in memory, with the decoder and the codes to compare with."""
     tokenizer.autoencoder.to(device)
     statistics = FieldStatistics(**tokenizer.statistics[store.domain.name])
     trajectories, media = [], []
-    for i in store.trajectories("test"):
+    for i in store.trajectories("test")[:num_trajectories]:
         states = [store.snapshot(i, t) for t in range(store.num_snapshots)]
         velocity, pressure = (
             torch.stack([torch.from_numpy(field) for field in part]) for part in zip(*states, strict=True)

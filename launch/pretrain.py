@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
         model = LatentTransformer(config.model)
         engine = build_engine(model, config.engine, group.device)
         measured = zip(stores, latents, strict=True) if group.rank == 0 else ()  # other ranks only train
-        probes = [hold_out(tokenizer, store, cache, group.device) for store, cache in measured]
+        probes = [hold_out(tokenizer, store, cache, group.device, num_trajectories=1) for store, cache in measured]
         train_resumably(
             engine,
             ForecastObjective(config.objective),

@@ -12,7 +12,6 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shodh.evaluation.alarms import find_alarms as find_alarms
 from shodh.fields import Routing
 
 

@@ -1,6 +1,7 @@
 """Where scalars go: an append-only ``metrics.jsonl`` is the truth; the progress bar and W&B are views of it."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -79,10 +80,12 @@ class Track:
 
 def _open_for_appending(path: Path) -> TextIO:
     """The file, its last line ended: one torn by a kill must not swallow the next."""
-    torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     file = path.open("a")
-    if torn:
-        file.write("\n")
+    if file.tell():
+        with path.open("rb") as end:
+            end.seek(-1, os.SEEK_END)
+            if end.read() != b"\n":
+                file.write("\n")
     return file
 
 

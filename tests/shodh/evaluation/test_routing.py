@@ -3,11 +3,10 @@ import math
 import pytest
 import torch
 
-from shodh.evaluation.alarms import find_evaluation_alarms, find_metric_alarms
+from shodh.evaluation.alarms import find_alarms, find_evaluation_alarms, find_metric_alarms
 from shodh.evaluation.routing import (
     RoutingCounts,
     count_routing,
-    find_alarms,
     flip_rate,
     merge_counts,
     mutual_information,
