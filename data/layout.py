@@ -6,8 +6,10 @@ One store = one domain = one Zarr v3 group on one grid. See ``docs/data_format.m
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ PARAMETER_NAMES = {
     "viscosity": "kinematic viscosity",
     "frequency": "frequency of the source or of the forcing",
     "porosity": "fraction of the volume that is pore space",
+    "diffusivity": "thermal diffusivity",
 }
 
 # Rounding a solenoidal field to FP32 leaves |div F| <= 6 · 2^-24 max|F|; projecting in FP32 adds some ten times that.
@@ -43,6 +46,7 @@ class Trajectory(NamedTuple):
     parameters: dict[str, float]  # the DomainSpec.parameters of this trajectory
     seed: int
     grid: Grid
+    scalars: Mapping[str, np.ndarray] = MappingProxyType({})  # float32 (t, x, y, z) in cells, per DomainSpec.scalars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +178,11 @@ def trajectory_arrays(domain: DomainSpec, states: tuple[int, ...]) -> list[Array
 
 def coordinate_values(grid: Grid) -> dict[str, np.ndarray]:
     """Cell centres along x, y and z, and the component axis."""
-    centres = {
-        name: (np.arange(n) + 0.5) * h for name, n, h in zip(("x", "y", "z"), grid.shape, grid.spacing, strict=True)
-    }
+    centres = {}
+    for axis, name in enumerate(("x", "y", "z")):
+        n, widths = grid.shape[axis], grid.widths(axis)
+        uniform = (np.arange(n) + 0.5) * widths[0]
+        centres[name] = uniform if grid.is_uniform(axis) else np.cumsum(widths) - widths / 2
     return centres | {"component": np.arange(3)}
 
 

@@ -30,9 +30,8 @@ class Store:
         self._medium = self._arrays[domain.medium.name]
         self._time = read_whole(path, self._arrays["time"])
         self._parameters = read_parameters(path, self._arrays, domain)
-        measure = self.grid.spacing if domain.velocity_space == "irrotational" else self.grid.face_area
-        factor = self.plan.velocity_scale / np.array(measure)
-        self._to_velocity = factor.astype(np.float32).reshape(3, 1, 1, 1)
+        measure = self.grid.face_distance if domain.velocity_space == "irrotational" else self.grid.face_area
+        self._to_velocity = (self.plan.velocity_scale / measure).astype(np.float32)
 
     @property
     def domain(self) -> DomainSpec:

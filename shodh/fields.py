@@ -12,46 +12,94 @@ not stored: whatever lives there is zero.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Boundary = Literal["periodic", "wall", "open"]
 VelocitySpace = Literal["solenoidal", "irrotational", "full"]
+Spacing = float | tuple[float, ...]  # one width for all cells along an axis, or the width of each
 
 # Every physical parameter that the model may be told, in the order of its input vector; a domain that has no such
 # parameter leaves it 0. Nondimensional by the domain's own scales, see the data cards.
-PARAMETERS = ("dt", "viscosity", "frequency", "porosity")
+PARAMETERS = ("dt", "viscosity", "frequency", "porosity", "diffusivity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A uniform box of cells; lengths in the domain's unit of length."""
+    """A box of cells; lengths in the domain's unit of length. Raises ValueError for widths that are no lengths.
+
+    An axis is uniform (one width) or stretched (the widths of its cells; not for a periodic axis). The arrays below are
+    FP64 and broadcast against fields: an axis along which nothing varies has size 1.
+    """
 
     shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    spacing: tuple[Spacing, Spacing, Spacing]
     boundary: tuple[Boundary, Boundary, Boundary]
 
     def __post_init__(self) -> None:
         if min(self.shape) < 2:
             raise ValueError(f"grid.shape={self.shape}: every axis needs at least 2 cells.")
-        if not all(math.isfinite(h) and h > 0 for h in self.spacing):
-            raise ValueError(f"grid.spacing={self.spacing}: must be positive and finite.")
+        for axis, (widths, boundary) in enumerate(zip(self.spacing, self.boundary, strict=True)):
+            if not all(math.isfinite(h) and h > 0 for h in ([widths] if isinstance(widths, float) else widths)):
+                raise ValueError(f"grid.spacing={self.spacing}: must be positive and finite.")
+            if isinstance(widths, tuple) and len(widths) != self.shape[axis]:
+                raise ValueError(f"grid.spacing[{axis}]: {len(widths)} widths for {self.shape[axis]} cells.")
+            if isinstance(widths, tuple) and boundary == "periodic":
+                raise ValueError(f"grid.spacing[{axis}]: stretched, but the axis is periodic. Give one width.")
+
+    def widths(self, axis: int) -> np.ndarray:
+        """Widths (n,) of the cells along an axis."""
+        return np.broadcast_to(np.asarray(self.spacing[axis], np.float64), self.shape[axis])
+
+    def is_uniform(self, axis: int) -> bool:
+        """Whether all cells along an axis are equally wide."""
+        return not isinstance(self.spacing[axis], tuple)
 
     @property
-    def face_area(self) -> tuple[float, float, float]:
-        """Area of a face normal to each axis."""
-        hx, hy, hz = self.spacing
-        return hy * hz, hx * hz, hx * hy
+    def mean_spacing(self) -> tuple[float, float, float]:
+        """Mean cell width along each axis."""
+        hx, hy, hz = (math.fsum(h) / len(h) if isinstance(h, tuple) else h for h in self.spacing)
+        return hx, hy, hz
+
+    @property
+    def edge_length(self) -> np.ndarray:
+        """Length (3, x, y, z) of the edges along each axis."""
+        return np.stack(np.broadcast_arrays(*(self._along(i, self.spacing[i]) for i in range(3))))
+
+    @property
+    def face_area(self) -> np.ndarray:
+        """Area (3, x, y, z) of the faces normal to each axis."""
+        return self.cell_volume / self.edge_length
+
+    @property
+    def face_distance(self) -> np.ndarray:
+        """Distance (3, x, y, z) between the centres of the two cells of each lower face; twice that to a boundary."""
+        distances = []
+        for axis, widths in enumerate(self.spacing):
+            if isinstance(widths, tuple):
+                widths = (widths[0], *((low + high) / 2 for low, high in pairwise(widths)))
+            distances.append(self._along(axis, widths))
+        return np.stack(np.broadcast_arrays(*distances))
+
+    @property
+    def cell_volume(self) -> np.ndarray:
+        """Volume (x, y, z) of the cells."""
+        return self.edge_length.prod(0)
 
     @property
     def relative(self) -> "Grid":
-        """The same box in units of its mean cell size, so that cell volumes are 1."""
-        mean = math.prod(self.spacing) ** (1 / 3)
-        hx, hy, hz = self.spacing
-        return Grid(shape=self.shape, spacing=(hx / mean, hy / mean, hz / mean), boundary=self.boundary)
+        """The same box in units of its mean cell size, so that the mean cell volume is 1."""
+        mean = math.prod(self.mean_spacing) ** (1 / 3)
+        hx, hy, hz = (tuple(w / mean for w in h) if isinstance(h, tuple) else h / mean for h in self.spacing)
+        return Grid(shape=self.shape, spacing=(hx, hy, hz), boundary=self.boundary)
+
+    def _along(self, axis: int, lengths: Spacing) -> np.ndarray:
+        return np.asarray(lengths, np.float64).reshape([-1 if a == axis else 1 for a in range(3)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +123,7 @@ class DomainSpec:
     pressure: FieldSpec
     medium: FieldSpec
     parameters: tuple[str, ...]  # subset of PARAMETERS
+    scalars: tuple[FieldSpec, ...] = ()  # further cell fields of the state, such as temperature
 
     def __post_init__(self) -> None:
         unknown = set(self.parameters) - set(PARAMETERS)

@@ -85,7 +85,7 @@ class Autoencoder(nn.Module):
         fields = torch.cat([batch.velocity, batch.pressure, batch.medium], 1)
         if not bool(torch.isfinite(fields).all()):
             raise ValueError(f"{batch.domain.name}: field holds NaN or infinity. Run `python -m data.layout STORE`.")
-        latent = set_mean_flow(self.encoder(fields, batch.domain.boundary), batch.velocity)
+        latent = set_mean_flow(self.encoder(fields, batch.domain.boundary), mean_flow(batch.velocity, batch.grid))
         return _whiten(latent, self.latent_mean, self.latent_std), self.encode_medium(batch.medium, batch.domain)
 
     def encode_medium(self, medium: Float[Tensor, "b 1 x y z"], domain: DomainSpec) -> Float[Tensor, "b m i j k"]:
@@ -119,15 +119,20 @@ class Autoencoder(nn.Module):
         return DecodedFields(flux, flux / face_measure(domain, grid, flux.device), decoded.pressure)
 
 
-def set_mean_flow(
-    latent: Float[Tensor, "b c i j k"], velocity: Float[Tensor, "b 3 x y z"]
-) -> Float[Tensor, "b c i j k"]:
-    """The latent with the box means of its first three channels replaced by the mean velocity.
+def mean_flow(velocity: Float[Tensor, "b 3 x y z"], grid: Grid) -> Float[Tensor, "b 3"]:
+    """The velocity of the flux through the box along each axis: mean over the faces, weighted by their areas."""
+    area = grid.face_area
+    weight = torch.from_numpy(area / area.mean((1, 2, 3), keepdims=True)).to(velocity)
+    return reduce(velocity * weight, "b f x y z -> b f", "mean")
+
+
+def set_mean_flow(latent: Float[Tensor, "b c i j k"], flow: Float[Tensor, "b 3"]) -> Float[Tensor, "b c i j k"]:
+    """The latent with the box means of its first three channels replaced by the mean flow.
 
     So the harmonic part of the flow, which no potential can carry, passes the bottleneck exactly and costs 3 numbers.
     """
     latent = latent.float()  # bf16 would round the mean flow by a percent
-    flow = reduce(velocity, "b f x y z -> b f 1 1 1", "mean")
+    flow = rearrange(flow, "b f -> b f 1 1 1")
     first = latent[:, :3] - reduce(latent[:, :3], "b f i j k -> b f 1 1 1", "mean") + flow
     return torch.cat([first, latent[:, 3:]], 1)
 

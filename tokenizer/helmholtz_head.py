@@ -58,18 +58,17 @@ def _in_cells_of(size: int, values: Float[Tensor, "b f x y z"]) -> Float[Tensor,
 
 def to_grid(potentials: Potentials, grid: Grid) -> Potentials:
     """Potentials as a grid stores them: circulations A·edge and fluxes U·area, lengths in mean cell sizes."""
-    length = torch.tensor(grid.relative.spacing, device=potentials.scalar.device)
-    area = torch.tensor(grid.relative.face_area, device=potentials.scalar.device)
-    return Potentials(
-        potentials.circulation * length.reshape(3, 1, 1, 1), potentials.scalar, potentials.mean_flow * area
-    )
+    relative, like = grid.relative, potentials.scalar
+    length = torch.from_numpy(relative.edge_length).to(like)
+    mean_area = 1 / torch.tensor(relative.mean_spacing).to(like)  # of a box whose mean cell volume is 1
+    return Potentials(potentials.circulation * length, potentials.scalar, potentials.mean_flow * mean_area)
 
 
-def face_measure(domain: DomainSpec, grid: Grid, device: torch.device) -> Float[Tensor, "3 1 1 1"]:
-    """What turns a velocity into what is stored: the face's area, or the spacing across it if irrotational."""
+def face_measure(domain: DomainSpec, grid: Grid, device: torch.device) -> Float[Tensor, "3 x y z"]:
+    """What turns a velocity into what is stored: the face's area, or the distance across it if irrotational."""
     relative = grid.relative
-    measure = relative.spacing if domain.velocity_space == "irrotational" else relative.face_area
-    return torch.tensor(measure, device=device).reshape(3, 1, 1, 1)
+    measure = relative.face_distance if domain.velocity_space == "irrotational" else relative.face_area
+    return torch.from_numpy(measure).to(device, torch.float32)
 
 
 def velocity_from_potentials(potentials: Potentials, domain: DomainSpec, grid: Grid) -> Float[Tensor, "b 3 x y z"]:

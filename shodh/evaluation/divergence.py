@@ -63,8 +63,8 @@ def measure_curl(circulation: Float[Tensor, "b 3 x y z"], grid: Grid) -> dict[st
 def sum_divergence(flux: Float[Tensor, "b 3 x y z"], grid: Grid) -> ConservationSums:
     """Sums of one batch of fluxes u·area on lower faces. Raises ValueError for another shape or non-finite values."""
     _check(flux, grid, "flux")
-    values, volume = flux.double(), torch.tensor([math.prod(grid.spacing)], dtype=torch.float64, device=flux.device)
-    velocity = values / _per_component(grid.face_area, values)
+    values, volume = flux.double(), torch.from_numpy(grid.cell_volume).to(flux.device)
+    velocity = values / torch.from_numpy(grid.face_area).to(flux.device)
 
     def divergence(operator: Operator) -> Tensor:
         return operator(values, grid.boundary).unsqueeze(1)
@@ -77,9 +77,9 @@ def sum_curl(circulation: Float[Tensor, "b 3 x y z"], grid: Grid) -> Conservatio
     """Sums of one batch of circulations v·spacing on lower faces. Raises ValueError as ``sum_divergence``."""
     _check(circulation, grid, "circulation")
     values = circulation.double()
-    velocity = values / _per_component(grid.spacing, values)
+    velocity = values / torch.from_numpy(grid.face_distance).to(values.device)
     derivatives = curl_of_faces(values, grid.boundary), mismatched_curl(values, grid.boundary)
-    loop_area = torch.tensor(grid.face_area, dtype=torch.float64, device=values.device)
+    loop_area = torch.from_numpy(grid.face_distance.prod(0) / grid.face_distance).to(values.device)
     return _sum(derivatives, loop_area, velocity, grid, CURL_OPERATOR, circulation.dtype)
 
 
@@ -122,21 +122,22 @@ def squared_gradient(velocity: Float[Tensor, "b 3 x y z"], grid: Grid) -> Float[
     Differences through a wall are left out, because they would need to know whether the wall lets the fluid slip.
     """
     total = torch.zeros_like(velocity.select(1, 0))
+    width, distance = (torch.from_numpy(a).to(velocity) for a in (grid.edge_length, grid.face_distance))
     for i, component in enumerate(velocity.unbind(1)):
-        for j, (spacing, boundary) in enumerate(zip(grid.spacing, grid.boundary, strict=True)):
+        for j, boundary in enumerate(grid.boundary):
             normal = i == j and boundary != "open"
             difference = difference_up if normal else difference_down
-            total = total + (difference(component, j, boundary) / spacing) ** 2
+            total = total + (difference(component, j, boundary) / (width if normal else distance)[j]) ** 2
     return total
 
 
 def _sum(
     derivatives: tuple[Tensor, Tensor], measure: Tensor, velocity: Tensor, grid: Grid, operator: str, dtype: torch.dtype
 ) -> ConservationSums:
-    """``measure`` is the volume or area that each component of the derivatives is per."""
+    """``measure`` is the volume or area that the derivatives are per; all sums are over cells, whatever their size."""
     derivative, mismatched = derivatives
     length = derivative.square().sum(1).sqrt()
-    physical, mismatched_physical = (d / measure.reshape(-1, 1, 1, 1) for d in derivatives)
+    physical, mismatched_physical = (d / measure for d in derivatives)
     mean_flow = reduce(velocity, "b f x y z -> b f", "mean")
     return ConservationSums(
         max_abs=length.max().item(),
@@ -159,10 +160,6 @@ def _check(values: Tensor, grid: Grid, name: str) -> None:
         raise ValueError(f"{name}: shape {tuple(values.shape)} is not grid.shape={grid.shape}. Pass the field's grid.")
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name}: not finite, so it conserves nothing. Check the decoder's input and weights.")
-
-
-def _per_component(lengths: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(lengths, dtype=like.dtype, device=like.device).reshape(3, 1, 1, 1)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -63,10 +63,10 @@ def snap_potentials(potentials: Potentials) -> Potentials:
 
 
 def solve_poisson(right: Float[Tensor, "*s x y z"], grid: Grid) -> Float[Tensor, "*s x y z"]:
-    """The zero-mean p with div grad p = right on cells: periodic axes by FFT, walls (Neumann) by cosine transform.
+    """The zero-mean p with div grad p = right on cells: periodic axes by FFT, walls (Neumann) by their eigenvectors.
 
-    Exact to round-off for the staggered operators of ``physics.exterior`` divided by the spacing; the mean of
-    ``right`` is ignored. Raises ValueError for an open axis.
+    Exact to round-off for the staggered operators of ``physics.exterior`` with the grid's lengths; the mean of
+    ``right`` over the volume is ignored, that of p is zero. Raises ValueError for an open axis.
     """
     if "open" in grid.boundary:
         raise ValueError(
@@ -74,17 +74,17 @@ def solve_poisson(right: Float[Tensor, "*s x y z"], grid: Grid) -> Float[Tensor,
         )
     walls = [i for i in range(3) if grid.boundary[i] == "wall"]
     periodic = [i - 3 for i in range(3) if grid.boundary[i] == "periodic"]
-    cosines, inverse_eigenvalue = _poisson_factors(grid, right.dtype, right.device)
+    modes, inverse_eigenvalue = _poisson_factors(grid, right.dtype, right.device)
     values = right
     for i in walls:
-        values = (cosines[i] @ values.movedim(i - 3, -2)).movedim(-2, i - 3)
+        values = (modes[i].analysis @ values.movedim(i - 3, -2)).movedim(-2, i - 3)
     if periodic:
         values = torch.fft.rfftn(values, dim=periodic) * inverse_eigenvalue
         values = torch.fft.irfftn(values, s=[grid.shape[i] for i in periodic], dim=periodic)
     else:
         values = values * inverse_eigenvalue
     for i in walls:
-        values = (cosines[i].T @ values.movedim(i - 3, -2)).movedim(-2, i - 3)
+        values = (modes[i].synthesis @ values.movedim(i - 3, -2)).movedim(-2, i - 3)
     return values
 
 
@@ -94,37 +94,83 @@ def remove_divergence(velocity: Float[Tensor, "*s 3 x y z"], grid: Grid) -> Floa
     Nothing crosses a wall: whatever velocity stands there is set to 0 first.
     """
     velocity = zero_wall_faces(velocity, grid.boundary)
-    spacing = torch.tensor(grid.spacing, dtype=velocity.dtype, device=velocity.device).reshape(3, 1, 1, 1)
-    pressure = solve_poisson(divergence_of_faces(velocity / spacing, grid.boundary), grid)
-    return velocity - gradient_of_cells(pressure, grid.boundary) / spacing
+    pressure = solve_poisson(divergence_of_velocity(velocity, grid), grid)
+    return velocity - pressure_gradient(pressure, grid)
+
+
+def divergence_of_velocity(velocity: Float[Tensor, "*s 3 x y z"], grid: Grid) -> Float[Tensor, "*s x y z"]:
+    """div u per unit volume of a velocity on lower faces, stretched grids included."""
+    lengths = _grid_lengths(grid, velocity.dtype, velocity.device)
+    return divergence_of_faces(velocity * lengths.area, grid.boundary) / lengths.volume
+
+
+def pressure_gradient(pressure: Float[Tensor, "*s x y z"], grid: Grid) -> Float[Tensor, "*s 3 x y z"]:
+    """grad p on lower faces of a cell quantity; 0 through walls."""
+    return gradient_of_cells(pressure, grid.boundary) / _grid_lengths(grid, pressure.dtype, pressure.device).distance
+
+
+class _GridLengths(NamedTuple):
+    area: Float[Tensor, "3 x y z"]
+    distance: Float[Tensor, "3 x y z"]
+    volume: Float[Tensor, "x y z"]
 
 
 @functools.lru_cache(maxsize=16)
-def _poisson_factors(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
-    """Cosine matrix of each walled axis, and 1 / eigenvalue of div grad per mode (0 for the mean), built in FP64."""
+def _grid_lengths(grid: Grid, dtype: torch.dtype, device: torch.device) -> _GridLengths:
+    arrays = grid.face_area, grid.face_distance, grid.cell_volume
+    with torch.inference_mode(False):
+        return _GridLengths(*(torch.from_numpy(array).to(device, dtype) for array in arrays))
+
+
+class _Modes(NamedTuple):
+    """Eigenvectors of the second difference between two walls: what takes cell values to modes, and modes back."""
+
+    analysis: Float[Tensor, "k n"]
+    synthesis: Float[Tensor, "n k"]
+    eigenvalue: Float[Tensor, "k"]
+
+
+@functools.lru_cache(maxsize=16)
+def _poisson_factors(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[dict[int, _Modes], Tensor]:
+    """Modes of each walled axis, and 1 / eigenvalue of div grad per mode (0 for the mean), built in FP64."""
     periodic = [i for i in range(3) if grid.boundary[i] == "periodic"]
     with torch.inference_mode(False):  # kept for later callers, who may need gradients through the product
-        cosines = {i: _cosine_matrix(grid.shape[i]).to(device, dtype) for i in range(3) if i not in periodic}
+        modes = {i: _wall_modes(grid, i) for i in range(3) if i not in periodic}
         eigenvalue = torch.zeros(1, 1, 1, dtype=torch.float64)
         for i in range(3):
-            values = _eigenvalues(grid, i)
+            values = modes[i].eigenvalue if i in modes else _eigenvalues(grid, i)
             if periodic and i == periodic[-1]:  # a real transform keeps half of its last axis
                 values = values[: grid.shape[i] // 2 + 1]
             eigenvalue = eigenvalue + values.reshape([-1 if a == i else 1 for a in range(3)])
         inverse = torch.where(eigenvalue < 0, 1 / eigenvalue, 0.0)
-        return cosines, inverse.to(device, dtype)
+        cast = {i: _Modes(*(part.to(device, dtype) for part in axis)) for i, axis in modes.items()}
+        return cast, inverse.to(device, dtype)
 
 
-def _cosine_matrix(n: int) -> Tensor:
-    """Orthonormal DCT-II: rows are the Neumann eigenvectors of the second difference."""
-    k = torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(math.pi / n * k[:, None] * (k[None, :] + 0.5)) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix
+def _wall_modes(grid: Grid, axis: int) -> _Modes:
+    """Cosines (DCT-II) on a uniform axis.
+
+    On a stretched one, with w the widths of cells and s the distances between them, the eigenvectors of the symmetric
+    w^-1/2 (-d^T s^-1 d) w^-1/2, times w^-1/2.
+    """
+    n = grid.shape[axis]
+    if grid.is_uniform(axis):
+        k = torch.arange(n, dtype=torch.float64)
+        cosines = torch.cos(math.pi / n * k[:, None] * (k[None, :] + 0.5)) * math.sqrt(2 / n)
+        cosines[0] /= math.sqrt(2)
+        return _Modes(cosines, cosines.T, _eigenvalues(grid, axis))
+    widths = torch.from_numpy(grid.widths(axis).copy())
+    root = widths.sqrt()
+    difference = torch.eye(n, dtype=torch.float64).diff(dim=0)
+    stiffness = -difference.T @ (difference / (widths[1:, None] + widths[:-1, None]) * 2)
+    eigenvalue, vectors = torch.linalg.eigh(stiffness / root[:, None] / root)
+    eigenvalue[-1] = 0.0  # the constant: its eigenvalue is 0 but for round-off
+    return _Modes(vectors.T * root, vectors / root[:, None], eigenvalue)
 
 
 def _eigenvalues(grid: Grid, axis: int) -> Tensor:
-    n, h = grid.shape[axis], grid.spacing[axis]
+    """Of the second difference on a uniform axis."""
+    n, h = grid.shape[axis], grid.mean_spacing[axis]
     k = torch.arange(n, dtype=torch.float64)
     angle = math.pi * k / n if grid.boundary[axis] == "periodic" else math.pi * k / (2 * n)
     return -((2 / h * torch.sin(angle)) ** 2)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,10 +82,20 @@ def test_gradient_of_a_shear_wave_converges_at_second_order_to_its_analytic_mean
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.05)
 
 
+def test_gradient_of_a_shear_on_a_stretched_grid_is_exact_away_from_walls():
+    widths = tuple(0.1 * 1.3**k for k in range(8))
+    grid = Grid(shape=(8, 8, 8), spacing=(0.5, widths, 2.0), boundary=CHANNEL)
+    height = torch.from_numpy(np.cumsum(widths) - np.array(widths) / 2)
+    velocity = torch.zeros(1, 3, 8, 8, 8, dtype=torch.float64)
+    velocity[:, 0] = 3 * height[None, :, None]
+    gradient = squared_gradient(velocity, grid)
+    torch.testing.assert_close(gradient[:, :, 1:], torch.full_like(gradient[:, :, 1:], 9.0), rtol=1e-12, atol=0)
+
+
 def test_mean_flow_is_the_rms_of_box_means_in_units_of_velocity():
     grid = make_grid(lengths=(1.0, 1.0, 1.0))
     velocity = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]).reshape(2, 3, 1, 1, 1).expand(2, 3, *grid.shape)
-    measured = measure_divergence(velocity * grid.face_area[0], grid)
+    measured = measure_divergence(velocity * grid.face_area[0].item(), grid)
     assert measured["mean_flow"] == pytest.approx(5 / math.sqrt(2))
     assert measured["num_fields"] == 2
 

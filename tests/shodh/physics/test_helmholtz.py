@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shodh.fields import Grid
-from shodh.physics.exterior import curl_of_faces, divergence_of_faces, gradient_of_cells, zero_wall_faces
+from shodh.physics.exterior import curl_of_edges, curl_of_faces, divergence_of_faces, gradient_of_cells, zero_wall_faces
 from shodh.physics.helmholtz import Potentials, compose_velocity, remove_divergence, snap_potentials, solve_poisson
 
 CLOSED = list(itertools.product(["periodic", "wall"], repeat=3))
@@ -70,24 +70,48 @@ def test_potentials_that_are_not_finite_are_refused():
         snap_potentials(potentials)
 
 
-@pytest.mark.parametrize("boundary", CLOSED)
-def test_projection_removes_all_divergence_and_keeps_solenoidal_fields(boundary):
-    grid = Grid(shape=SHAPE, spacing=(0.5, 0.25, 1.0), boundary=boundary)
-    spacing = torch.tensor(grid.spacing, dtype=torch.float64).reshape(3, 1, 1, 1)
+def make_grids() -> list[Grid]:
+    """Every mixture of periodic and walled axes, uniform, and with the walled axes stretched."""
+    grids = [Grid(shape=SHAPE, spacing=(0.5, 0.25, 1.0), boundary=boundary) for boundary in CLOSED]
+    for uniform in [grid for grid in grids if "wall" in grid.boundary]:
+        hx, hy, hz = (
+            h if boundary == "periodic" else tuple(h * 1.2**k for k in range(n))
+            for h, n, boundary in zip((0.5, 0.25, 1.0), SHAPE, uniform.boundary, strict=True)
+        )
+        grids.append(Grid(shape=SHAPE, spacing=(hx, hy, hz), boundary=uniform.boundary))
+    return grids
+
+
+@pytest.mark.parametrize("grid", make_grids())
+def test_projection_removes_all_divergence_and_keeps_solenoidal_fields(grid):
     projected = remove_divergence(torch.randn(2, 3, *SHAPE, dtype=torch.float64), grid)
-    assert torch.equal(projected, zero_wall_faces(projected, boundary))
-    assert divergence_of_faces(projected / spacing, boundary).abs().max() < 1e-13
+    assert torch.equal(projected, zero_wall_faces(projected, grid.boundary))
+    flux = projected * torch.from_numpy(grid.face_area)
+    assert divergence_of_faces(flux, grid.boundary).abs().max() < 1e-13 * flux.abs().max()
     torch.testing.assert_close(remove_divergence(projected, grid), projected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("boundary", CLOSED)
-def test_poisson_solution_satisfies_the_staggered_equation(boundary):
-    grid = Grid(shape=SHAPE, spacing=(0.5, 0.25, 1.0), boundary=boundary)
-    spacing = torch.tensor(grid.spacing, dtype=torch.float64).reshape(3, 1, 1, 1)
+@pytest.mark.parametrize("grid", make_grids())
+def test_projection_is_the_nearest_solenoidal_velocity_by_kinetic_energy(grid):
+    velocity = zero_wall_faces(torch.randn(3, *SHAPE, dtype=torch.float64), grid.boundary)
+    projected = remove_divergence(velocity, grid)
+    flux = curl_of_edges(torch.randn(3, *SHAPE, dtype=torch.float64), grid.boundary)
+    mass = torch.from_numpy(grid.face_distance / grid.face_area)  # of the inner product of fluxes
+    removed = (velocity - projected) * torch.from_numpy(grid.face_area)
+    size = (removed**2 * mass).sum().sqrt() * (flux**2 * mass).sum().sqrt()
+    assert abs((removed * flux * mass).sum()) < 1e-13 * size
+
+
+@pytest.mark.parametrize("grid", make_grids())
+def test_poisson_solution_satisfies_the_staggered_equation(grid):
+    volume = torch.from_numpy(grid.cell_volume).expand(SHAPE)
     right = torch.randn(*SHAPE, dtype=torch.float64)
-    right -= right.mean()
-    gradient = gradient_of_cells(solve_poisson(right, grid), boundary) / spacing
-    torch.testing.assert_close(divergence_of_faces(gradient / spacing, boundary), right, rtol=0, atol=1e-12)
+    right -= (right * volume).sum() / volume.sum()
+    solution = solve_poisson(right, grid)
+    assert abs((solution * volume).sum()) < 1e-12 * volume.sum()
+    gradient = gradient_of_cells(solution, grid.boundary) / torch.from_numpy(grid.face_distance)
+    flux = gradient * torch.from_numpy(grid.face_area)
+    torch.testing.assert_close(divergence_of_faces(flux, grid.boundary) / volume, right, rtol=0, atol=1e-11)
 
 
 def test_poisson_problem_on_an_open_axis_is_refused():
