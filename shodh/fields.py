@@ -45,7 +45,7 @@ class Grid:
         if min(self.shape) < 2:
             raise ValueError(f"grid.shape={self.shape}: every axis needs at least 2 cells.")
         for axis, (widths, boundary) in enumerate(zip(self.spacing, self.boundary, strict=True)):
-            if not all(math.isfinite(h) and h > 0 for h in ([widths] if isinstance(widths, float) else widths)):
+            if not (np.isfinite(widths).all() and np.min(widths) > 0):
                 raise ValueError(f"grid.spacing={self.spacing}: must be positive and finite.")
             if isinstance(widths, tuple) and len(widths) != self.shape[axis]:
                 raise ValueError(f"grid.spacing[{axis}]: {len(widths)} widths for {self.shape[axis]} cells.")
