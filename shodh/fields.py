@@ -129,9 +129,10 @@ class DomainSpec:
         unknown = set(self.parameters) - set(PARAMETERS)
         if unknown:
             raise ValueError(f"domain {self.name}: parameters {sorted(unknown)} unknown. Known: {PARAMETERS}.")
-        if self.velocity_space != "irrotational" and "open" in self.boundary:
+        if self.velocity_space == "full" and "open" in self.boundary:
             raise ValueError(
-                f"domain {self.name}: an open axis carries only irrotational velocity (boundary={self.boundary})."
+                f"domain {self.name}: an open axis carries no full velocity (boundary={self.boundary}). "
+                "Use solenoidal or irrotational."
             )
 
 

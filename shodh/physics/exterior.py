@@ -21,7 +21,8 @@ Boundaries = Sequence[Boundary]
 def difference_up(values: Float[Tensor, "*s x y z"], axis: int, boundary: Boundary) -> Float[Tensor, "*s x y z"]:
     """values[i + 1] - values[i] along space axis 0, 1 or 2; beyond a wall the value is 0.
 
-    Raises ValueError for an open axis, whose last entity is not stored.
+    At an open end, whose last entity is not stored, linearly extrapolated: d d = 0 holds there too, because
+    differences along two axes commute whatever they do at an end.
     """
     dim = axis - 3
     if boundary == "periodic":
@@ -29,9 +30,8 @@ def difference_up(values: Float[Tensor, "*s x y z"], axis: int, boundary: Bounda
     if boundary == "wall":
         upper = torch.zeros_like(values.narrow(dim, 0, 1))
         return torch.cat([values, upper], dim).diff(dim=dim)
-    raise ValueError(
-        f"axis {axis} is open: the upper neighbour of its last entity is not stored. Use periodic or wall."
-    )
+    inner = values.diff(dim=dim)
+    return torch.cat([inner, inner.narrow(dim, inner.shape[dim] - 1, 1)], dim)
 
 
 def difference_down(values: Float[Tensor, "*s x y z"], axis: int, boundary: Boundary) -> Float[Tensor, "*s x y z"]:

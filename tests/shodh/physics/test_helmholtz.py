@@ -18,7 +18,7 @@ def random_potentials(scale: float = 1.0) -> Potentials:
     return Potentials(scale * torch.randn(2, 3, *SHAPE), scale * torch.randn(2, *SHAPE), scale * torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("boundary", CLOSED)
+@pytest.mark.parametrize("boundary", ANY)
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_snapped_flux_has_exactly_zero_divergence_in_fp64(boundary, scale):
     flux = compose_velocity(snap_potentials(random_potentials(scale)), boundary, "solenoidal")
