@@ -4,8 +4,7 @@ A cache written by another tokenizer or from another store is stale and refused.
 """
 
 import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,28 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.chunks import (
-    ArrayLayout,
-    Digests,
-    StoreError,
-    check_files,
-    create_group,
-    publish,
-    read_attributes,
-    read_chunk,
-    read_digest,
-    seal,
-    write_chunk,
-)
+from data.chunks import ArrayLayout, ArrayReader, Digests, StoreError, create_group, read_attributes, write_chunk
+from data.digests import check_files, publish, read_digest, read_digests, seal
+from data.journal import WHOLE, Record, claim, read_plan, remove_journals
 from data.layout import (
     LAYOUT_VERSION,
     Split,
+    check_finite,
     latent_arrays,
     partial_folder,
     require_kind,
     split_trajectories,
 )
-from data.reader import Store, read_parameters, with_count
+from data.reader import Store, open_arrays, read_parameters, require_index, with_count
 from shodh.config import ConfigError, parse_config, to_plain
 from shodh.fields import DomainSpec
 
@@ -62,10 +52,10 @@ class LatentStore:
 
     def __init__(self, path: Path, header: LatentHeader, digest: str):
         self.path, self.header, self.digest = path, header, digest
-        self._folder = str(path)
-        self._arrays = latent_arrays(header.domain, header.latent_shape, header.medium_shape)
-        self._latent, self._medium = self._arrays["latent"], self._arrays["medium"]
-        self._parameters = read_parameters(path, self._arrays, header.domain)
+        self._readers = open_arrays(path, _arrays(header))
+        self._latent, self._medium = self._readers["latent"], self._readers["medium"]
+        self._time = self._readers["time"].read()
+        self._parameters = read_parameters(self._readers, self.num_trajectories, header.domain)
 
     @property
     def domain(self) -> DomainSpec:
@@ -92,13 +82,19 @@ class LatentStore:
         """float32 in the order of ``shodh.fields.PARAMETERS``."""
         return self._parameters[trajectory]
 
+    def time(self, trajectory: int) -> np.ndarray:
+        """float64 (t,): when the snapshots were taken."""
+        return self._time[trajectory]
+
     def latent(self, trajectory: int, time: int) -> np.ndarray:
-        """The whitened latent state (c, x, y, z). Raises StoreError for a damaged or missing chunk."""
-        return read_chunk(self._folder, self._latent, (trajectory, time, 0, 0, 0, 0))[0, 0].copy()
+        """The whitened latent state (c, x, y, z). Raises StoreError for damaged or missing data."""
+        require_index(self.path, trajectory, time, (self.num_trajectories, self.num_snapshots))
+        return self._latent.read(trajectory, time)[0, 0]
 
     def medium(self, trajectory: int) -> np.ndarray:
         """The whitened latent (m, x, y, z) of the static medium."""
-        return read_chunk(self._folder, self._medium, (trajectory, 0, 0, 0, 0))[0].copy()
+        require_index(self.path, trajectory, 0, (self.num_trajectories, self.num_snapshots))
+        return self._medium.read(trajectory)[0]
 
 
 def write_latents(
@@ -108,10 +104,10 @@ def write_latents(
     tokenizer_hash: str,
     progress: Callable[[int], object] = lambda num_snapshots: None,
 ) -> str:
-    """Encode a whole store and return the cache's digest; a cache that is current already is left as it is.
+    """Encode what is missing of a store and return the cache's digest; a current cache is left as it is.
 
-    Written beside and renamed, so a cache that can be opened is complete. Raises RuntimeError when a latent is not
-    finite or changes shape.
+    Written beside, trajectory by trajectory, and renamed: a cache that can be opened is complete, and killed half way
+    the next call continues. Raises RuntimeError when a latent is not finite or changes shape.
     """
     path = Path(path)
     try:
@@ -119,25 +115,27 @@ def write_latents(
     except ConfigError:
         pass  # missing, stale or damaged: encode again
     partial = partial_folder(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    header: LatentHeader | None = None
-    arrays: dict[str, ArrayLayout] = {}
-    digests: Digests = {}
-    for trajectory in range(store.num_trajectories):
-        latent, medium = _encode_trajectory(store, trajectory, encode, progress)
-        if header is None:
-            header = _header(store, tokenizer_hash, latent, medium)
-            arrays = latent_arrays(header.domain, header.latent_shape, header.medium_shape)
-            create_group(partial, list(arrays.values()), _attributes(header))
-        if (latent.shape, medium.shape) != (header.latent_shape[1:], header.medium_shape[1:]):
-            raise RuntimeError(f"latents of {store.path}: shapes differ from trajectory {trajectory} on. Use one grid.")
-        digests |= write_chunk(partial, arrays["medium"], (trajectory, 0, 0, 0, 0), medium)
-        for t, state in enumerate(latent):
-            digests |= write_chunk(partial, arrays["latent"], (trajectory, t, 0, 0, 0, 0), state)
-    digests |= _write_small(partial, store, arrays)
-    digest = seal(partial, digests)
-    publish(partial, path)
+    source = {"tokenizer_hash": tokenizer_hash, "field_digest": store.digest}
+    with claim(partial, WHOLE, source) as journal:
+        if read_plan(partial) != source:
+            journal.restart(source)
+        records = journal.intact(WHOLE)
+        for trajectory in range(store.num_trajectories):
+            if trajectory in records:
+                progress(store.num_snapshots)
+                continue
+            latent, medium = _encode_trajectory(store, trajectory, encode, progress)
+            record = _write_trajectory(
+                partial,
+                _header(store, tokenizer_hash, latent.shape, medium.shape),
+                trajectory,
+                {"latent": latent, "medium": medium},
+            )
+            records[trajectory] = record
+            journal.append(record)
+        digest = _finish(partial, store, tokenizer_hash, records)
+        publish(partial, path)
+    remove_journals(path)
     return digest
 
 
@@ -158,13 +156,23 @@ def open_latents(path: str | Path, tokenizer_hash: str | None = None, field_dige
         ):
             if wanted is not None and found != wanted:
                 raise ConfigError(f"latents={path}: stale, made with {name} {found[:12]}, not {wanted[:12]}. {again}")
-        arrays = latent_arrays(header.domain, header.latent_shape, header.medium_shape)
-        problems = check_files(path, list(arrays.values()), deep=False)
+        problems = check_files(path, list(_arrays(header).values()), deep=False)
         if problems:
             raise ConfigError(with_count(problems, again))
         return LatentStore(path, header, read_digest(path))
     except StoreError as error:
         raise ConfigError(str(error)) from None
+
+
+def check_latents(path: Path, deep: bool) -> list[str]:
+    """What is wrong with a cache of latents, one line each; ``data.layout.check`` calls this."""
+    header = _parse_header(path)
+    arrays = _arrays(header)
+    problems = check_files(path, list(arrays.values()), deep=deep)
+    if problems or not deep:
+        return problems
+    digests = read_digests(path)
+    return [line for array in arrays.values() for line in check_finite(path, array, ArrayReader(path, array, digests))]
 
 
 def _encode_trajectory(
@@ -187,9 +195,32 @@ def _encode_trajectory(
     return whole, media[0]
 
 
-def _header(store: Store, tokenizer_hash: str, latent: np.ndarray, medium: np.ndarray) -> LatentHeader:
-    """Of the cache whose first trajectory these are."""
-    num, (t, c, x, y, z), (m, mx, my, mz) = store.num_trajectories, latent.shape, medium.shape
+def _write_trajectory(partial: Path, header: LatentHeader, trajectory: int, values: Mapping[str, np.ndarray]) -> Record:
+    digests: Digests = {}
+    for name, array in _arrays(header).items():
+        if name in values:
+            digests |= write_chunk(partial, array, (trajectory, *(0,) * (len(array.shape) - 1)), values[name])
+    return Record(trajectory, {name: list(value.shape) for name, value in values.items()}, digests)
+
+
+def _finish(partial: Path, store: Store, tokenizer_hash: str, records: dict[int, Record]) -> str:
+    """Write the metadata, the small arrays and the digests; return the cache's digest."""
+    first = records[0].notes
+    if other := [i for i, record in records.items() if record.notes != first]:
+        raise RuntimeError(f"latents of {store.path}: shapes of trajectories 0 and {other[0]} differ. Use one grid.")
+    header = _header(store, tokenizer_hash, first["latent"], first["medium"])
+    arrays = _arrays(header)
+    create_group(partial, list(arrays.values()), _attributes(header))
+    digests = {name: digest for record in records.values() for name, digest in record.digests.items()}
+    for name in ("time", "seed", *store.domain.parameters):
+        values = store.trajectory_array(name)
+        digests |= write_chunk(partial, arrays[name], (0,) * values.ndim, values)
+    return seal(partial, digests)
+
+
+def _header(store: Store, tokenizer_hash: str, latent: Sequence[int], medium: Sequence[int]) -> LatentHeader:
+    """Of the cache whose trajectories have latents and medium of these shapes."""
+    num, (t, c, x, y, z), (m, mx, my, mz) = store.num_trajectories, latent, medium
     return LatentHeader(
         domain=store.domain,
         field_digest=store.digest,
@@ -198,6 +229,10 @@ def _header(store: Store, tokenizer_hash: str, latent: np.ndarray, medium: np.nd
         latent_shape=(num, t, c, x, y, z),
         medium_shape=(num, m, mx, my, mz),
     )
+
+
+def _arrays(header: LatentHeader) -> dict[str, ArrayLayout]:
+    return latent_arrays(header.domain, header.latent_shape, header.medium_shape)
 
 
 def _attributes(header: LatentHeader) -> dict:
@@ -215,12 +250,3 @@ def _parse_header(path: Path) -> LatentHeader:
     require_kind(attributes, "latents", str(path))
     known = {field.name for field in fields(LatentHeader)}
     return parse_config(LatentHeader, {k: v for k, v in attributes.items() if k in known}, source=str(path))
-
-
-def _write_small(partial: Path, store: Store, arrays: dict[str, ArrayLayout]) -> Digests:
-    """Time, seed and parameters, as the store has them."""
-    digests: Digests = {}
-    for name in ("time", "seed", *store.domain.parameters):
-        values = store.trajectory_array(name)
-        digests |= write_chunk(partial, arrays[name], (0,) * values.ndim, values)
-    return digests

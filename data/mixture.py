@@ -8,9 +8,10 @@ import bisect
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.buffers import Buffers
 from data.latents import LatentStore
 from data.layout import Split
 from data.reader import Store
@@ -42,9 +44,10 @@ class MixtureConfig:
     split: Split = "train"
     augment: bool = False  # random translations along periodic axes (fields only)
     cache_bytes: int = 2**30  # memory for what was read once
+    read_threads: int = 2  # samples of a batch of fields that are read at a time
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation"):
+        for name in ("batch_size", "accumulation", "read_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
         positive = [weight for weight in self.weights if weight > 0]
@@ -63,7 +66,10 @@ class FieldMixture:
             raise ConfigError(f"statistics: {len(self.statistics)} for {len(self.stores)} stores. Give one per store.")
         self._turns = _Turns(_weights(config.weights, len(self.stores)))
         self._states = [_states(store, config.split, 1) for store in self.stores]
-        self._cache = _Cache(config.cache_bytes)
+        self._media = _Cache(config.cache_bytes // 4)  # of their own, as each serves many snapshots
+        self._cache = _Cache(config.cache_bytes - config.cache_bytes // 4)
+        self._buffers = Buffers()
+        self._readers = ThreadPoolExecutor(config.read_threads, "read")
 
     def batch(self, step: int, micro_step: int = 0, rank: int = 0, world: int = 1) -> FieldBatch:
         """This rank's part of the batch of a micro step."""
@@ -71,29 +77,25 @@ class FieldMixture:
         turn = step * config.accumulation + micro_step
         domain = self._turns.domain(turn)
         first = self._turns.count_before(turn, domain) * config.batch_size
-        samples = [self._sample(domain, first + i) for i in rank_slice(config.batch_size, rank, world)]
-        velocity, pressure, medium = (torch.stack(parts) for parts in zip(*samples, strict=True))
-        scale = self.statistics[domain]
-        return FieldBatch(
-            velocity=velocity / scale.velocity_scale,
-            pressure=pressure / scale.pressure_scale,
-            medium=(medium - scale.medium_mean) / scale.medium_scale,
-            domain=self.stores[domain].domain,
-            grid=self.stores[domain].grid,
-        )
+        positions = [first + i for i in rank_slice(config.batch_size, rank, world)]
+        store, take = self.stores[domain], self._buffers.take
+        velocity, pressure, medium = (take(len(positions), channels, *store.grid.shape) for channels in (3, 1, 1))
+        slots = velocity.unbind(), pressure.unbind(), medium.unbind()
+        list(self._readers.map(partial(self._read, domain), positions, *slots))  # raises what a reader raised
+        return FieldBatch(velocity, pressure, medium, store.domain, store.grid)
 
-    def _sample(self, domain: int, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Velocity (3, x, y, z), pressure and medium (1, x, y, z) of the domain's ``position``-th sample."""
-        store, states = self.stores[domain], self._states[domain]
+    def _read(self, domain: int, position: int, velocity: Tensor, pressure: Tensor, medium: Tensor) -> None:
+        """Put the ``position``-th sample there, normalised: velocity (3, x, y, z), pressure and medium (1, x, y, z)."""
+        store, states, scale = self.stores[domain], self._states[domain], self.statistics[domain]
         trajectory, time = states[_shuffled(position, len(states), (self.config.seed, domain))]
-        velocity, pressure = self._cache.get((domain, trajectory, time), lambda: store.snapshot(trajectory, time))
-        (medium,) = self._cache.get((domain, trajectory), lambda: (store.medium(trajectory),))
-        fields = torch.from_numpy(velocity), torch.from_numpy(pressure)[None], torch.from_numpy(medium)[None]
-        if not self.config.augment:
-            return fields
-        shifts = _random_shifts(store, (self.config.seed, domain, 1, position))
-        u, p, m = (torch.roll(field, shifts, (-3, -2, -1)) for field in fields)
-        return u, p, m
+        slot, scales = (velocity.numpy(), pressure[0].numpy()), (scale.velocity_scale, scale.pressure_scale)
+        self._cache.fill((domain, trajectory, time), slot, lambda: store.read_snapshot(trajectory, time, *slot, scales))
+        (still,) = self._media.get((domain, trajectory), lambda: (scale.normalise_medium(store.medium(trajectory)),))
+        medium.copy_(torch.from_numpy(still))
+        if self.config.augment:
+            shifts = _random_shifts(store, (self.config.seed, domain, 1, position))
+            for field in (velocity, pressure, medium):
+                field.copy_(torch.roll(field, shifts, (-3, -2, -1)))
 
 
 class LatentMixture:
@@ -218,20 +220,38 @@ class _Turns:
 
 
 class _Cache:
-    """Keeps what was read until the memory is full; nothing is evicted, as every item is used equally often."""
+    """Keeps what was read until the memory is full; nothing is evicted, as every item is used equally often.
+
+    Threads may share it: two may read one item at once, but it is kept and counted once.
+    """
 
     def __init__(self, limit: int):
-        self._left, self._items = limit, dict[tuple[int, ...], Arrays]()
+        self._left, self._items, self._keeping = limit, dict[tuple[int, ...], Arrays](), threading.Lock()
 
     def get(self, key: tuple[int, ...], read: Callable[[], Arrays]) -> Arrays:
         item = self._items.get(key)
         if item is None:
             item = read()
-            size = sum(array.nbytes for array in item)
-            if size <= self._left:
+            self._keep(key, item)
+        return item
+
+    def fill(self, key: tuple[int, ...], slot: Arrays, read_into_slot: Callable[[], None]) -> None:
+        """Copy the item into ``slot``, or have it read there; so what does not fit is never held twice."""
+        item = self._items.get(key)
+        if item is None:
+            read_into_slot()
+            if sum(array.nbytes for array in slot) <= self._left:
+                self._keep(key, tuple(array.copy() for array in slot))
+            return
+        for place, values in zip(slot, item, strict=True):
+            place[...] = values
+
+    def _keep(self, key: tuple[int, ...], item: Arrays) -> None:
+        size = sum(array.nbytes for array in item)
+        with self._keeping:
+            if size <= self._left and key not in self._items:
                 self._items[key] = item
                 self._left -= size
-        return item
 
 
 def _weights(weights: tuple[float, ...], num_domains: int) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
-"""Reads stores: a snapshot is two chunk files, read and verified without xarray.
+"""Reads stores: a snapshot goes from its files straight into the caller's arrays, verified on the way.
 
-The codec's checksum is verified on every read, and a chunk that is missing raises; nothing is ever read as zeros.
+Every byte is compared with the digest of its place, and what is missing raises; nothing is ever read as zeros.
 """
 
 from collections.abc import Mapping
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data.chunks import ArrayLayout, StoreError, read_attributes, read_chunk, read_digest, read_whole
+from data.chunks import ArrayLayout, ArrayReader, Factor, StoreError, read_attributes
+from data.digests import read_digest, read_digests
 from data.layout import Split, StoreHeader, check, field_arrays, parse_header, split_trajectories
 from shodh.config import ConfigError
 from shodh.fields import PARAMETERS, DomainSpec
 
 
 class Store:
-    """A complete store of fields, open for reading; get one from ``open_store``.
+    """A complete store of fields, open for reading; get one from ``open_store``. Threads may share it.
 
     ``digest`` stands for every byte in it: what is trained on the store records that string.
     """
@@ -23,15 +24,15 @@ class Store:
     def __init__(self, path: Path, header: StoreHeader, digest: str):
         self.path, self.digest = path, digest
         self.plan, self.grid = header
-        self._folder, self._arrays = str(path), field_arrays(header)
         domain = self.plan.domain
-        self._velocity = self._arrays[domain.velocity.name]
-        self._pressure = self._arrays[domain.pressure.name]
-        self._medium = self._arrays[domain.medium.name]
-        self._time = read_whole(path, self._arrays["time"])
-        self._parameters = read_parameters(path, self._arrays, domain)
-        measure = self.grid.face_distance if domain.velocity_space == "irrotational" else self.grid.face_area
-        self._to_velocity = (self.plan.velocity_scale / measure).astype(np.float32)
+        self._readers = open_arrays(path, field_arrays(header))
+        self._velocity = self._readers[domain.velocity.name]
+        self._pressure = self._readers[domain.pressure.name]
+        self._medium = self._readers[domain.medium.name]
+        self._scalars = [self._readers[spec.name] for spec in domain.scalars]
+        self._time = self._readers["time"].read()
+        self._parameters = read_parameters(self._readers, self.num_trajectories, domain)
+        self._to_velocity = _velocity_factors(header)
 
     @property
     def domain(self) -> DomainSpec:
@@ -59,30 +60,61 @@ class Store:
 
     def trajectory_array(self, name: str) -> np.ndarray:
         """``time``, ``seed`` or a parameter of all trajectories, as stored."""
-        return read_whole(self.path, self._arrays[name])
+        return self._readers[name].read()
 
     def snapshot(self, trajectory: int, time: int) -> tuple[np.ndarray, np.ndarray]:
         """Velocity (3, x, y, z) on lower faces and pressure (x, y, z), float32, in the domain's units.
 
-        Velocity is flux over face area, or circulation over spacing. Raises StoreError for a damaged or missing chunk.
+        Velocity is flux over face area, or circulation over spacing. Raises StoreError for damaged or missing data.
         """
-        stored = read_chunk(self._folder, self._velocity, self._index(self._velocity, trajectory, time))
-        pressure = read_chunk(self._folder, self._pressure, self._index(self._pressure, trajectory, time))
-        return stored[0, 0] * self._to_velocity, pressure[0, 0].copy()
+        velocity, pressure = np.empty((3, *self.grid.shape), np.float32), np.empty(self.grid.shape, np.float32)
+        self.read_snapshot(trajectory, time, velocity, pressure)
+        return velocity, pressure
+
+    def read_snapshot(
+        self,
+        trajectory: int,
+        time: int,
+        velocity: np.ndarray,
+        pressure: np.ndarray,
+        scales: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        """``snapshot`` into contiguous arrays of the caller, such as places in a batch; undefined when it raises.
+
+        Velocity and pressure come divided by ``scales``, at no cost beyond that of the conversion to velocity.
+        """
+        self._require(trajectory, time)
+        of_velocity, of_pressure = (np.float32(1 / scale) for scale in scales)
+        factors: list[Factor] = [f * of_velocity for f in self._to_velocity if f is not None]
+        self._velocity.fill(velocity, trajectory, time, factors)
+        self._pressure.fill(pressure, trajectory, time, [None if of_pressure == 1 else of_pressure])
+
+    def read_stored(self, trajectory: int, time: int, velocity: np.ndarray, pressure: np.ndarray) -> None:
+        """Like ``read_snapshot``, but flux or circulation as stored: the fastest, for who multiplies anyway."""
+        self._require(trajectory, time)
+        self._velocity.fill(velocity, trajectory, time)
+        self._pressure.fill(pressure, trajectory, time)
+
+    def scalars(self, trajectory: int, time: int) -> np.ndarray:
+        """The domain's further cell fields (s, x, y, z), float32, in the order of ``DomainSpec.scalars``."""
+        self._require(trajectory, time)
+        values = np.empty((len(self._scalars), *self.grid.shape), np.float32)
+        for place, reader in zip(values, self._scalars, strict=True):
+            reader.fill(place, trajectory, time)
+        return values
 
     def stored_velocity(self, trajectory: int, time: int) -> np.ndarray:
         """Flux or circulation (3, x, y, z) as stored, without its scale: exact sums stay exact."""
-        return read_chunk(self._folder, self._velocity, self._index(self._velocity, trajectory, time))[0, 0].copy()
+        self._require(trajectory, time)
+        return self._velocity.read(trajectory, time)[0, 0]
 
     def medium(self, trajectory: int) -> np.ndarray:
         """The static medium (x, y, z), float32, in the domain's units."""
-        return read_chunk(self._folder, self._medium, self._index(self._medium, trajectory))[0].copy()
+        self._require(trajectory)
+        return self._medium.read(trajectory)[0]
 
-    def _index(self, array: ArrayLayout, *leading: int) -> tuple[int, ...]:
-        for value, length, name in zip(leading, array.shape, array.dims, strict=False):
-            if not 0 <= value < length:
-                raise IndexError(f"{name}={value}: store {self.path} has {length}.")
-        return *leading, *(0,) * (len(array.shape) - len(leading))
+    def _require(self, trajectory: int, time: int = 0) -> None:
+        require_index(self.path, trajectory, time, (self.num_trajectories, self.num_snapshots))
 
 
 def open_store(path: str | Path) -> Store:
@@ -100,13 +132,37 @@ def open_store(path: str | Path) -> Store:
         raise ConfigError(str(error)) from None
 
 
-def read_parameters(folder: Path, arrays: Mapping[str, ArrayLayout], domain: DomainSpec) -> np.ndarray:
+def open_arrays(folder: Path, arrays: Mapping[str, ArrayLayout]) -> dict[str, ArrayReader]:
+    """A reader for each array. Raises StoreError when the folder's digests are missing, altered or incomplete."""
+    digests = read_digests(folder)
+    return {name: ArrayReader(folder, array, digests) for name, array in arrays.items()}
+
+
+def read_parameters(readers: Mapping[str, ArrayReader], num_trajectories: int, domain: DomainSpec) -> np.ndarray:
     """float32 (trajectory, q) in the order of ``shodh.fields.PARAMETERS``; 0 where the domain has none."""
-    columns = np.zeros((arrays["time"].shape[0], len(PARAMETERS)), np.float32)
+    columns = np.zeros((num_trajectories, len(PARAMETERS)), np.float32)
     for q, name in enumerate(PARAMETERS):
         if name in domain.parameters:
-            columns[:, q] = read_whole(folder, arrays[name])
+            columns[:, q] = readers[name].read()
     return columns
+
+
+def require_index(path: Path, trajectory: int, time: int, counts: tuple[int, int]) -> None:
+    """Raise IndexError unless there is such a trajectory and snapshot; negative ones do not count from the end."""
+    for name, value, count in zip(("trajectory", "time"), (trajectory, time), counts, strict=True):
+        if not 0 <= value < count:
+            raise IndexError(f"{name}={value}: store {path} has {count}.")
+
+
+def _velocity_factors(header: StoreHeader) -> list[Factor]:
+    """Velocity over stored value for each component, or one for all: a number, but along stretched axes an array."""
+    plan, grid = header
+    measure = grid.face_distance if plan.domain.velocity_space == "irrotational" else grid.face_area
+    factors = (plan.velocity_scale / measure).astype(np.float32)
+    if factors[0].size > 1:
+        return list(factors)
+    numbers: list[Factor] = [component.flat[0] for component in factors]
+    return numbers[:1] if len(set(numbers)) == 1 else numbers
 
 
 def with_count(problems: list[str], command: str) -> str:

@@ -1,34 +1,21 @@
 """Writes a store of fields trajectory by trajectory; killed half way, the next call continues.
 
-A store is built in ``NAME.partial``: chunks first, then one line per finished trajectory in ``.journal.jsonl`` with the
-digests of its chunks, against which they are verified before a next call counts on them. When all are there, the small
-arrays and the digests are written and the folder is renamed, so a store under its final name is always complete.
+A store is built in ``NAME.partial``: the files of a trajectory first, then one line in a journal with their digests,
+against which they are verified before a next call counts on them. Several processes may each take a share of the
+trajectories. Whoever completes the set verifies what the others wrote, adds the small arrays, the metadata and the
+digests and renames the folder, so a store under its final name is always complete.
 """
 
-import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.chunks import (
-    ArrayLayout,
-    Digests,
-    FileDigest,
-    StoreError,
-    check_files,
-    create_group,
-    digest_file,
-    publish,
-    read_attributes,
-    read_digest,
-    seal,
-    write_chunk,
-)
+from data.chunks import Digests, StoreError, create_group, read_attributes, write_chunk
+from data.digests import check_files, publish, read_digest, seal
+from data.journal import WHOLE, Record, Share, claim, first_intact, lock, read_plan, read_records, remove_journals
 from data.layout import (
     StoreHeader,
     StorePlan,
@@ -41,9 +28,8 @@ from data.layout import (
     parse_header,
     partial_folder,
 )
-from shodh.config import ConfigError, to_plain
-
-JOURNAL = ".journal.jsonl"
+from shodh.config import ConfigError, parse_config, to_plain
+from shodh.fields import Grid
 
 # Yields (index, Trajectory) for the trajectory indices it is given, in any order.
 Simulate = Callable[[Sequence[int]], Iterator[tuple[int, Trajectory]]]
@@ -52,69 +38,65 @@ Simulate = Callable[[Sequence[int]], Iterator[tuple[int, Trajectory]]]
 class WrittenStore(NamedTuple):
     """What ``write_store`` did."""
 
-    digest: str
-    num_written: int  # trajectories that this call added; 0 if the store was complete already
+    digest: str  # of the complete store; empty while trajectories of other shares are missing
+    num_written: int  # trajectories that this call added; 0 if they were there already
+    missing: tuple[int, ...] = ()  # what other shares have still to write
 
 
-class _Record(NamedTuple):
-    """The journal's line about one trajectory that is on disk."""
-
-    trajectory: int
-    time: list[float]
-    seed: int
-    parameters: dict[str, float]
-    digests: Digests
-
-
-def write_store(path: str | Path, plan: StorePlan, simulate: Simulate) -> WrittenStore:
-    """Make the store that ``plan`` describes complete, simulating only trajectories that are not on disk yet.
+def write_store(path: str | Path, plan: StorePlan, simulate: Simulate, share: Share = WHOLE) -> WrittenStore:
+    """Write this share's trajectories of the store that ``plan`` describes, but for those on disk; by default all.
 
     Raises ConfigError when another plan's store stands there, when the disk is too small, or when another process is
-    writing it; RuntimeError when a trajectory does not fit the plan or is not finite.
+    writing the same share; RuntimeError when a trajectory does not fit the plan or is not finite.
     """
     path = Path(path)
     if path.exists():
-        _require_same_plan(path, path, plan)
+        _require_same_plan(parse_header(read_attributes(path), str(path)).plan, path, path, plan)
         return WrittenStore(read_digest(path), 0)
     partial = partial_folder(path)
-    partial.mkdir(parents=True, exist_ok=True)
-    with _locked_journal(partial) as journal:
-        records = _read_journal(partial, journal, plan, path)
-        missing = [i for i in range(plan.num_trajectories) if i not in records]
-        _require_space(path, plan.num_bytes * len(missing) // plan.num_trajectories)
-        header = parse_header(read_attributes(partial), str(partial)) if (partial / "zarr.json").exists() else None
+    with claim(partial, share, to_plain(plan)) as journal:
+        _require_same_plan(parse_config(StorePlan, read_plan(partial) or {}, source=str(partial)), partial, path, plan)
+        written = journal.intact(share)
+        missing = [i for i in range(plan.num_trajectories) if share.holds(i) and i not in written]
+        if path.exists():  # published by another process since this one looked
+            shutil.rmtree(partial, ignore_errors=True)
+            return WrittenStore(read_digest(path), 0)
+        if missing:
+            num_left = len(set(range(plan.num_trajectories)) - (read_records(partial).keys() - set(missing)))
+            _require_space(path, plan.num_bytes * num_left // plan.num_trajectories)
         for index, trajectory in simulate(missing) if missing else ():
-            if header is None:
-                header = StoreHeader(plan, trajectory.grid)
-                create_group(partial, list(field_arrays(header).values()), header_attributes(header))
             if index not in missing:
                 raise RuntimeError(f"store={path}: trajectory {index} came, asked were {missing}. Mend the solver.")
-            records[index] = _append(partial, header, index, trajectory)
-            _write_record(journal, records[index])
-        left = [i for i in missing if i not in records]
-        if left or header is None:
+            _require_fit(plan, index, trajectory)
+            _require_one_grid(partial, written, trajectory)
+            written[index] = _write_trajectory(partial, plan, index, trajectory)
+            journal.append(written[index])
+        left = [i for i in missing if i not in written]
+        if left:
             raise RuntimeError(f"store={path}: the simulation gave no trajectory {left}. Run it again to continue.")
-        digest = _finish(partial, header, records)
-        publish(partial, path)
-        (path / JOURNAL).unlink()
-    return WrittenStore(digest, len(missing))
+        digest, others = _complete(path, plan, written)
+    return WrittenStore(digest, len(missing), tuple(others))
 
 
-def _append(partial: Path, header: StoreHeader, index: int, trajectory: Trajectory) -> _Record:
+def _write_trajectory(partial: Path, plan: StorePlan, index: int, trajectory: Trajectory) -> Record:
     """Write the fields of one trajectory and return what the journal shall say of it."""
-    _require_fit(header, index, trajectory)
-    domain, arrays = header.plan.domain, field_arrays(header)
-    digests = write_chunk(partial, arrays[domain.medium.name], (index, 0, 0, 0), trajectory.medium)
-    for t in range(header.plan.num_snapshots):
-        digests |= write_chunk(partial, arrays[domain.velocity.name], (index, t, 0, 0, 0, 0), trajectory.velocity[t])
-        digests |= write_chunk(partial, arrays[domain.pressure.name], (index, t, 0, 0, 0), trajectory.pressure[t])
-    parameters = {name: float(trajectory.parameters[name]) for name in domain.parameters}
-    time = [float(t) for t in trajectory.time]
-    return _Record(index, time, int(trajectory.seed), parameters, digests)
+    domain, arrays = plan.domain, field_arrays(StoreHeader(plan, trajectory.grid))
+    fields = {domain.velocity.name: trajectory.velocity, domain.pressure.name: trajectory.pressure}
+    fields |= {domain.medium.name: trajectory.medium, **trajectory.scalars}
+    digests: Digests = {}
+    for name, values in fields.items():
+        digests |= write_chunk(partial, arrays[name], (index, *(0,) * (len(arrays[name].shape) - 1)), values)
+    notes = {
+        "time": [float(t) for t in trajectory.time],
+        "seed": int(trajectory.seed),
+        "parameters": {name: float(trajectory.parameters[name]) for name in domain.parameters},
+        "grid": to_plain(trajectory.grid),
+    }
+    return Record(index, notes, digests)
 
 
-def _require_fit(header: StoreHeader, index: int, trajectory: Trajectory) -> None:
-    plan, grid = header
+def _require_fit(plan: StorePlan, index: int, trajectory: Trajectory) -> None:
+    header = StoreHeader(plan, trajectory.grid)
     where = f"domain {plan.domain.name}: trajectory {index}"
     num, shape = plan.num_snapshots, plan.shape
     expected: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {
@@ -122,6 +104,7 @@ def _require_fit(header: StoreHeader, index: int, trajectory: Trajectory) -> Non
         "pressure": (trajectory.pressure, (num, *shape)),
         "medium": (trajectory.medium, shape),
         "time": (trajectory.time, (num,)),
+        **{name: (values, (num, *shape)) for name, values in trajectory.scalars.items()},
     }
     for name, (values, must) in expected.items():
         dtype = "float64" if name == "time" else "float32"
@@ -130,28 +113,60 @@ def _require_fit(header: StoreHeader, index: int, trajectory: Trajectory) -> Non
             raise RuntimeError(f"{where}: {name} is {found}, must be {dtype}{must}. Mend its source.")
         if not np.isfinite(values).all():
             raise RuntimeError(f"{where}: {name} is not finite. Check the simulation's time step and input.")
-    if trajectory.grid != grid:
-        raise RuntimeError(f"{where}: its grid is {trajectory.grid}, the store's {grid}. One store holds one grid.")
+    if trajectory.grid.shape != plan.shape:
+        raise RuntimeError(f"{where}: its grid is {trajectory.grid.shape}, must be {plan.shape}. Mend its source.")
     if set(trajectory.parameters) != set(plan.domain.parameters):
         found = sorted(trajectory.parameters)
         raise RuntimeError(f"{where}: its parameters are {found}, must be {plan.domain.parameters}. Mend its source.")
+    if not np.isfinite(list(trajectory.parameters.values())).all():
+        raise RuntimeError(f"{where}: its parameters {trajectory.parameters} are not finite. Mend its source.")
+    scalars = [spec.name for spec in plan.domain.scalars]
+    if set(trajectory.scalars) != set(scalars):
+        raise RuntimeError(
+            f"{where}: its scalars are {sorted(trajectory.scalars)}, must be {scalars}. Mend its source."
+        )
     defect = max(measure_defect(velocity, header) for velocity in trajectory.velocity)
     for line in describe_defect(where, defect, header):
         raise RuntimeError(line)
 
 
-def _finish(partial: Path, header: StoreHeader, records: dict[int, _Record]) -> str:
-    """Write the small arrays and the digests; return the store's digest."""
+def _complete(path: Path, plan: StorePlan, written: dict[int, Record]) -> tuple[str, list[int]]:
+    """Publish the store if every trajectory is there; returns its digest, or "" and what is missing.
+
+    What this process wrote or verified already is trusted; every byte of the others' is verified here.
+    """
+    partial = partial_folder(path)
+    with lock(partial) as is_there:
+        if not is_there or path.exists():  # another process came first
+            return read_digest(path), []
+        found = read_records(partial)
+        if missing := [i for i in range(plan.num_trajectories) if i not in found]:
+            return "", missing
+        records = {i: written.get(i) or first_intact(partial, found[i]) for i in range(plan.num_trajectories)}
+        whole = [record for record in records.values() if record is not None]
+        if len(whole) < len(records):
+            return "", [i for i, record in records.items() if record is None]
+        digest = _finish(partial, plan, whole)
+        publish(partial, path)
+    remove_journals(path)
+    return digest, []
+
+
+def _finish(partial: Path, plan: StorePlan, records: list[Record]) -> str:
+    """Write the metadata, the small arrays and the digests; return the store's digest."""
+    header = StoreHeader(plan, _parse_grid(partial, records[0]))
+    if other := [r.trajectory for r in records if r.notes["grid"] != records[0].notes["grid"]]:
+        raise RuntimeError(f"store={partial}: the grids of trajectories 0 and {other[0]} differ. One store, one grid.")
     arrays = field_arrays(header)
-    ordered = [records[i] for i in range(header.plan.num_trajectories)]
+    create_group(partial, list(arrays.values()), header_attributes(header))
     small: dict[str, Any] = coordinate_values(header.grid) | {
-        "time": [r.time for r in ordered],
-        "seed": [r.seed for r in ordered],
-        **{name: [r.parameters[name] for r in ordered] for name in header.plan.domain.parameters},
+        "time": [r.notes["time"] for r in records],
+        "seed": [r.notes["seed"] for r in records],
+        **{name: [r.notes["parameters"][name] for r in records] for name in plan.domain.parameters},
     }
-    digests = {name: digest for record in ordered for name, digest in record.digests.items()}
+    digests = {name: digest for record in records for name, digest in record.digests.items()}
     for name, values in small.items():
-        digests |= _write_single_chunk(partial, arrays[name], np.asarray(values))
+        digests |= write_chunk(partial, arrays[name], (0,) * len(arrays[name].shape), np.asarray(values))
     digest = seal(partial, digests)
     problems = check_files(partial, list(arrays.values()), deep=False)
     if problems:
@@ -159,60 +174,25 @@ def _finish(partial: Path, header: StoreHeader, records: dict[int, _Record]) -> 
     return digest
 
 
-def _write_single_chunk(partial: Path, array: ArrayLayout, values: np.ndarray) -> Digests:
-    return write_chunk(partial, array, (0,) * len(array.shape), values)
+def _parse_grid(partial: Path, record: Record) -> Grid:
+    return parse_config(Grid, record.notes["grid"], source=f"{partial}, journal of trajectory {record.trajectory}")
 
 
-@contextmanager
-def _locked_journal(partial: Path) -> Iterator[IO[bytes]]:
-    """The journal, open for this process alone."""
-    with open(partial / JOURNAL, "a+b") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"store={partial}: another process is writing it. Wait for it or stop it.") from None
-        yield journal
+def _require_one_grid(partial: Path, written: dict[int, Record], trajectory: Trajectory) -> None:
+    """Raise RuntimeError if a trajectory on disk has another grid; all shares' are looked at when all are there."""
+    for record in list(written.values())[:1]:
+        if to_plain(trajectory.grid) != record.notes["grid"]:
+            where, grid = f"store={partial}: trajectory {record.trajectory}", record.notes["grid"]
+            raise RuntimeError(f"{where} has grid {grid}, the next {trajectory.grid}. One store holds one grid.")
 
 
-def _read_journal(partial: Path, journal: IO[bytes], plan: StorePlan, path: Path) -> dict[int, _Record]:
-    """The finished trajectories whose chunks are intact; a torn last line or a damaged trajectory is forgotten."""
-    if not (partial / "zarr.json").exists():
-        return {}
-    _require_same_plan(partial, path, plan)
-    journal.seek(0)
-    records = {}
-    for line in journal.read().split(b"\n"):
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            continue
-        fields["digests"] = {name: FileDigest(*entry) for name, entry in fields["digests"].items()}
-        record = _Record(**fields)
-        if _is_intact(partial, record):
-            records[record.trajectory] = record
-    journal.truncate(0)
-    for record in records.values():
-        _write_record(journal, record)
-    return records
-
-
-def _write_record(journal: IO[bytes], record: _Record) -> None:
-    journal.write(json.dumps(record._asdict()).encode() + b"\n")
-    journal.flush()
-
-
-def _is_intact(partial: Path, record: _Record) -> bool:
-    return all((partial / name).is_file() and digest_file(partial / name) == d for name, d in record.digests.items())
-
-
-def _require_same_plan(folder: Path, path: Path, plan: StorePlan) -> None:
+def _require_same_plan(found: StorePlan, folder: Path, path: Path, plan: StorePlan) -> None:
     """Raise ConfigError naming the first value in which the store on disk was planned differently."""
-    found = _flatten(to_plain(parse_header(read_attributes(folder), str(folder)).plan))
-    wanted = _flatten(to_plain(plan))
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key) and not (folder == path and key == "solver_version"):
+    was, now = _flatten(to_plain(found)), _flatten(to_plain(plan))
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key) and not (folder == path and key == "solver_version"):
             raise ConfigError(
-                f"store={path}: {key} is {found.get(key)!r} in {folder.name}, {wanted.get(key)!r} now. "
+                f"store={path}: {key} is {was.get(key)!r} in {folder.name}, {now.get(key)!r} now. "
                 "Remove that folder or choose another."
             )
 

@@ -29,6 +29,7 @@ class TokenizerTraining:
     tracking: TrackingConfig
     checkpoint_interval: int
     augment: bool = True  # random translations along periodic axes
+    weights: tuple[float, ...] = ()  # how often each domain is drawn; empty: all alike
 
     def __post_init__(self) -> None:
         require_domains(self.domains)
@@ -66,6 +67,7 @@ class Pretraining:
     tracking: TrackingConfig
     checkpoint_interval: int
     measure_interval: int  # steps between measurements on held-out samples
+    weights: tuple[float, ...] = ()  # how often each domain is drawn; empty: all alike
 
     def __post_init__(self) -> None:
         require_domains(self.domains)
@@ -113,12 +115,16 @@ def identity_of(config: "TokenizerTraining | Pretraining") -> dict[str, Any]:
     """The part of a training config that decides its result; a run is continued only with the same."""
     plain = to_plain(config)
     engine = {key: plain["engine"][key] for key in ("batch_size", "accumulation", "gradient_clipping", "weight_decay")}
-    kept = ("domains", "autoencoder", "model", "objective", "loop", "augment")
+    kept = ("domains", "autoencoder", "model", "objective", "loop", "augment", "weights")
     return {key: plain[key] for key in kept if key in plain} | {"engine": engine}
 
 
-def mixture_config(engine: EngineConfig, loop: LoopConfig, augment: bool = False) -> MixtureConfig:
+def mixture_config(config: "TokenizerTraining | Pretraining") -> MixtureConfig:
     """How a training run draws its batches."""
     return MixtureConfig(
-        batch_size=engine.batch_size, accumulation=engine.accumulation, seed=loop.seed, augment=augment
+        batch_size=config.engine.batch_size,
+        accumulation=config.engine.accumulation,
+        seed=config.loop.seed,
+        weights=config.weights,
+        augment=isinstance(config, TokenizerTraining) and config.augment,
     )

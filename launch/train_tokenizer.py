@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     stores = open_stores(config.stores, config.domains)
     with distributed(config.engine.threads_per_rank) as group:
         statistics = [measure_statistics(store) for store in stores]
-        mixture = FieldMixture(stores, statistics, mixture_config(config.engine, config.loop, augment=config.augment))
+        mixture = FieldMixture(stores, statistics, mixture_config(config))
         torch.manual_seed(config.loop.seed)
         engine = build_engine(Autoencoder(config.autoencoder), config.engine, group.device)
         cells = sum(torch.Size(store.grid.shape).numel() for store in stores) // len(stores)

@@ -33,8 +33,22 @@ DOMAINS = {
         medium=FieldSpec(name="wave_speed", units="m s-1", location="cell", long_name="speed of sound"),
         parameters=("frequency",),
     ),
+    "plume": DomainSpec(
+        name="plume",
+        velocity_space="solenoidal",
+        boundary=("periodic", "wall", "periodic"),
+        velocity=FieldSpec(name="flux", units="m3 s-1", location="face", long_name="volume flux through lower faces"),
+        pressure=FieldSpec(name="pressure", units="Pa", location="cell", long_name="pressure"),
+        medium=FieldSpec(name="conductivity", units="W m-1 K-1", location="cell", long_name="thermal conductivity"),
+        parameters=("viscosity", "diffusivity"),
+        scalars=(
+            FieldSpec(name="temperature", units="K", location="cell", long_name="temperature"),
+            FieldSpec(name="salinity", units="1", location="cell", long_name="mass fraction of salt"),
+        ),
+    ),
 }
 SPACING = (0.5, 0.25, 2.0)
+STRETCHED = (0.5, (0.25, 0.5, 1.0, 1.0, 0.5, 0.25), 2.0)  # powers of two, so that products of them are exact
 
 
 def make_plan(name: str, **changes) -> StorePlan:
@@ -64,7 +78,10 @@ def make_trajectory(plan: StorePlan, index: int) -> Trajectory:
         time=np.arange(num) * 0.1,
         parameters={name: float(random.uniform()) for name in domain.parameters},
         seed=plan.config["seed"],
-        grid=Grid(shape=plan.shape, spacing=SPACING, boundary=domain.boundary),
+        grid=Grid(
+            shape=plan.shape, spacing=STRETCHED if plan.config.get("stretched") else SPACING, boundary=domain.boundary
+        ),
+        scalars={spec.name: random.normal(size=(num, *plan.shape)).astype(np.float32) for spec in domain.scalars},
     )
 
 
@@ -81,6 +98,12 @@ def make_store(path: Path, name: str, **changes) -> Store:
     return open_store(path)
 
 
+def encode_blocks(velocity: torch.Tensor, pressure: torch.Tensor, medium: torch.Tensor):
+    """Block means over 2^3 cells: linear, and different for every input."""
+    blocks = torch.nn.functional.avg_pool3d(torch.cat([velocity, pressure], 1), 2)
+    return blocks, torch.nn.functional.avg_pool3d(medium, 2)
+
+
 class Stores:
     """What the tests build stores with."""
 
@@ -88,6 +111,7 @@ class Stores:
     trajectory = staticmethod(make_trajectory)
     simulate = staticmethod(simulate_plan)
     make = staticmethod(make_store)
+    encode = staticmethod(encode_blocks)
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +129,11 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
 @pytest.fixture
 def channel(templates: dict[str, Store], tmp_path: Path) -> Store:
     return open_store(shutil.copytree(templates["channel"].path, tmp_path / "channel"))
+
+
+@pytest.fixture
+def plume(templates: dict[str, Store], tmp_path: Path) -> Store:
+    return open_store(shutil.copytree(templates["plume"].path, tmp_path / "plume"))
 
 
 @pytest.fixture

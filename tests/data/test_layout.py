@@ -6,13 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import xarray
+import zarr
 
-from data.chunks import read_chunk, seal, write_chunk
+from data.chunks import read_chunk, write_chunk
+from data.digests import seal
 from data.layout import MAX_DEFECT, StoreHeader, check, field_arrays, main, measure_defect, split_trajectories
 from data.reader import open_store
 from shodh.config import ConfigError
 
-FIRST_FLUX = "flux/c/0/0/0/0/0/0"
+FIRST_FLUX = "flux/c.0.0.0.0.0.0"
 
 
 def test_xarray_reads_the_same_numbers_with_names_units_and_coordinates(stores, channel):
@@ -31,6 +33,33 @@ def test_xarray_reads_the_same_numbers_with_names_units_and_coordinates(stores, 
         assert dataset.attrs["split"] == {"train": [0, 1, 2], "test": [3]}
 
 
+def test_zarr_python_and_tensorstore_read_the_same_numbers(stores, plume):
+    tensorstore = pytest.importorskip("tensorstore")
+    expected = stores.trajectory(plume.plan, 3)
+    fields = {"flux": expected.velocity, "pressure": expected.pressure, **expected.scalars}
+    group = zarr.open_group(plume.path, mode="r")
+    for name, values in fields.items():
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        np.testing.assert_array_equal(array[3, 1:4], values[1:4])
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{plume.path / name}/"}}
+        np.testing.assert_array_equal(tensorstore.open(spec, read=True).result()[3].read().result(), values)
+
+
+def test_a_flipped_bit_raises_in_zarr_python_too(channel):
+    _flip_bit(channel.path)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_group(channel.path, mode="r")["flux"][0]
+
+
+def test_a_trajectory_of_a_field_is_one_file_whose_inner_chunks_are_snapshots(channel):
+    files = [p.name for p in (channel.path / "flux").iterdir()]
+    assert sorted(files) == [*(f"c.{i}.0.0.0.0.0" for i in range(4)), "zarr.json"]
+    flux = zarr.open_group(channel.path, mode="r")["flux"]
+    assert isinstance(flux, zarr.Array)
+    assert (flux.shards, flux.chunks) == ((1, 5, 3, 4, 6, 8), (1, 1, 3, 4, 6, 8))
+
+
 def test_scale_factor_reaches_xarray_and_reader_alike(stores, tmp_path):
     store = stores.make(tmp_path / "scaled", "channel", velocity_scale=0.125)
     stored = stores.trajectory(store.plan, 1).velocity[3]
@@ -41,9 +70,9 @@ def test_scale_factor_reaches_xarray_and_reader_alike(stores, tmp_path):
     np.testing.assert_array_equal(store.stored_velocity(1, 3), stored)
 
 
-def test_sound_stores_have_no_problems(channel, sound, capsys):
-    assert check(channel.path) == check(sound.path) == []
-    assert main([str(channel.path)]) == 0
+def test_sound_stores_have_no_problems(channel, sound, plume, capsys):
+    assert check(channel.path) == check(sound.path) == check(plume.path) == []
+    assert main([str(channel.path), str(sound.path)]) == 0
 
 
 def test_a_missing_chunk_shows_as_nan_even_to_xarray(channel):
@@ -76,7 +105,7 @@ def _edit_json(name, edit):
 SHALLOW_DAMAGE = {
     "missing chunk": (lambda path: (path / FIRST_FLUX).unlink(), f"{FIRST_FLUX}: missing"),
     "truncated chunk": (_truncate, f"{FIRST_FLUX}: "),
-    "extra chunk": (lambda path: shutil.copy(path / FIRST_FLUX, path / "flux/c/0/0/0/0/0/1"), "not part of the layout"),
+    "extra chunk": (lambda path: shutil.copy(path / FIRST_FLUX, path / "flux/c.0.0.0.0.0.1"), "not part of the layout"),
     "missing array": (lambda path: shutil.rmtree(path / "pressure"), "array 'pressure' is missing"),
     "no digests": (lambda path: shutil.rmtree(path / "digests"), "digests/zarr.json: cannot be read"),
     "altered digests": (
@@ -90,12 +119,22 @@ SHALLOW_DAMAGE = {
     "wrong dtype": (_edit_json("flux/zarr.json", lambda node: node.update(data_type="float64")), "dtype is 'float64'"),
     "wrong dims": (_edit_json("flux/zarr.json", lambda node: node["dimension_names"].reverse()), "dims is ['z',"),
     "wrong shape": (_edit_json("flux/zarr.json", lambda node: node["shape"].pop()), "shape is [4, 5, 3, 4, 6]"),
-    "no checksum": (_edit_json("flux/zarr.json", lambda node: node["codecs"].pop()), "codecs is [('bytes'"),
+    "no checksum": (_edit_json("flux/zarr.json", lambda node: node["codecs"].pop()), "codecs is []"),
     "old layout": (
         _edit_json("zarr.json", lambda node: node["attributes"].update(layout_version=0)),
-        "layout version 0, not 1",
+        "layout version 0, not 2",
     ),
     "header cut": (_edit_json("zarr.json", lambda node: node["attributes"].pop("domain")), "domain: missing"),
+    "header altered": (
+        lambda path: (path / "zarr.json").write_text(
+            (path / "zarr.json").read_text().replace("potentials", "potemtials")
+        ),
+        "/zarr.json: differs from its digest",
+    ),
+    "scale added": (
+        _edit_json("flux/zarr.json", lambda node: node["attributes"].update(scale_factor=2.0)),
+        "attribute scale_factor is 2.0, must be None",
+    ),
     "no group": (lambda path: (path / "zarr.json").unlink(), "zarr.json: cannot be read"),
 }
 
@@ -119,9 +158,12 @@ def test_a_flipped_bit_is_found_by_the_deep_check_alone(channel, capsys):
     assert main([str(channel.path)]) == 1
 
 
-def _rewrite(store, name, index, values):
-    """Replace a chunk and seal again, as a faulty writer would."""
+def _rewrite(store, name, trajectory, change):
+    """Change a trajectory's values and seal again, as a faulty writer would."""
     arrays = field_arrays(StoreHeader(store.plan, store.grid))
+    index = (trajectory, *(0,) * (len(arrays[name].shape) - 1))
+    values = read_chunk(store.path, arrays[name], index)
+    change(values[0])
     write_chunk(store.path, arrays[name], index, values)
     chunks = {}
     for array in arrays.values():
@@ -131,21 +173,18 @@ def _rewrite(store, name, index, values):
 
 
 def test_values_that_are_not_finite_are_named_by_trajectory_and_snapshot(channel):
-    pressure = channel.snapshot(2, 4)[1]
-    pressure[1, 2, 3] = np.inf
-    _rewrite(channel, "pressure", (2, 4, 0, 0, 0), pressure)
+    _rewrite(channel, "pressure", 2, lambda values: values.__setitem__((4, 1, 2, 3), np.inf))
     (line,) = check(channel.path)
     assert "pressure of trajectory 2, snapshot 4, is not finite" in line
 
 
-@pytest.mark.parametrize("name", ["channel", "sound"])
+@pytest.mark.parametrize("name", ["channel", "sound", "plume"])
 def test_a_velocity_that_breaks_its_constraint_is_named(name, request):
     store = request.getfixturevalue(name)
-    velocity = store.stored_velocity(1, 2)
-    velocity[0, 2, 3, 4] += 1e-3
-    _rewrite(store, store.domain.velocity.name, (1, 2, 0, 0, 0, 0), velocity)
+    place = (2, 0, 2, 3, 4)
+    _rewrite(store, store.domain.velocity.name, 1, lambda v: v.__setitem__(place, v[place] + np.float32(1e-3)))
     (line,) = check(store.path)
-    assert "of trajectory 1, snapshot 2, has " + ("divergence" if name == "channel" else "curl") in line
+    assert "of trajectory 1, snapshot 2, has " + ("curl" if name == "sound" else "divergence") in line
 
 
 def test_rounding_to_fp32_stays_below_the_limit_and_flux_through_a_wall_does_not(stores):

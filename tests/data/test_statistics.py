@@ -5,8 +5,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from data.chunks import write_chunk
-from data.layout import StoreHeader, field_arrays
 from data.reader import open_store
 from data.statistics import FieldStatistics, measure_statistics
 from data.writer import write_store
@@ -57,11 +55,15 @@ def test_statistics_survive_json(channel):
     assert parse_config(FieldStatistics, asdict(statistics), source="checkpoint") == statistics
 
 
-def test_a_constant_medium_has_scale_one(channel):
-    arrays = field_arrays(StoreHeader(channel.plan, channel.grid))
-    for i in range(channel.num_trajectories):
-        write_chunk(channel.path, arrays["wall_distance"], (i, 0, 0, 0), np.full((4, 6, 8), 0.1, np.float32))
-    statistics = measure_statistics(channel)
+def test_a_constant_medium_has_scale_one(stores, tmp_path):
+    plan = stores.plan("channel")
+
+    def simulate(indices):
+        for i, trajectory in stores.simulate(plan)(indices):
+            yield i, trajectory._replace(medium=np.full((4, 6, 8), 0.1, np.float32))
+
+    write_store(tmp_path / "constant", plan, simulate)
+    statistics = measure_statistics(open_store(tmp_path / "constant"))
     assert statistics.medium_scale == 1.0 and statistics.medium_mean == pytest.approx(0.1, rel=1e-7)
 
 
