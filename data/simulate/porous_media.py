@@ -5,30 +5,33 @@
 in a periodic unit box, u = 0 on the grains. With the pores' hydraulic radius l = pore volume / wetted area, the force
 is f0 = viscosity / (2 l)^2: velocity comes in units of f0 (2 l)^2 / viscosity, O(0.1) on average and O(1) in throats.
 
-Staggered cells, each solid or pore. A face that touches a solid cell carries no flux and lies *on* the wall, so a
-tangential neighbour sees u = 0 one cell away; a face buried between two solid cells has the wall half a cell away.
-Time: second-order backward differences, viscosity implicit, advection extrapolated, incremental pressure correction in
-rotational form (Guermond, Minev, Shen 2006, Comput. Methods Appl. Mech. Eng. 195, 6011).
+Rocks: porespy's Gaussian blobs, packs of spheres, or crops of segmented micro-CT images continued by their mirror
+image. The time step is in porous_flow.py; permeabilities come from stokes.py.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from data.layout import Trajectory
-from data.simulate.pore_space import draw_pore_space
-from shodh.fields import Boundary, DomainSpec, FieldSpec, Grid
-from shodh.physics.exterior import difference_down, difference_up, divergence_of_faces, gradient_of_cells
-from shodh.physics.helmholtz import solve_poisson
-
-PERIODIC: tuple[Boundary, Boundary, Boundary] = ("periodic", "periodic", "periodic")
+from data.simulate.forecast import Forecast, interpolate_cost
+from data.simulate.micro_ct import draw_crop, mirror, open_source
+from data.simulate.pore_space import (
+    draw_blobs,
+    draw_percolating,
+    draw_sphere_pack,
+    place_spheres,
+    read_sphere_pack,
+)
+from data.simulate.porous_flow import PERIODIC, Rock, State, advance, prepare_rock, project, rest
+from data.simulate.stokes_system import Walls
+from shodh.fields import DomainSpec, FieldSpec, Grid
 
 DOMAIN = DomainSpec(
     name="porous_media",
@@ -41,12 +44,19 @@ DOMAIN = DomainSpec(
 )
 
 STEP_PER_CELL = 0.6  # time step / cell size: Courant number 0.6 at unit velocity
-VISCOUS_TOLERANCE = 1e-4  # residuals of a time step, relative to the velocity
-PROJECTION_TOLERANCE = 1e-4
 STORED_TOLERANCE = 1e-8  # below FP32 round-off, for stored snapshots (in FP64)
-MAX_ITERATIONS = 2000
-CPU_CELLS_PER_BATCH = 2**15  # one trajectory at 32^3 fills the cache
 GPU_CELLS_PER_BATCH = 2**24  # 8 trajectories at 128^3
+
+STEP_SECONDS = {16**3: 5.1e-7, 32**3: 2.6e-7, 64**3: 2.4e-7, 128**3: 4.1e-7}  # of one core, per cell, by cells
+WORKING_BYTES = 600  # per cell: state, operators and their temporaries, and the same in FP64 while a snapshot is stored
+SNAPSHOT_BYTES = 32  # per cell: four FP32 fields, twice while they are put together
+FIXED_BYTES = 100_000_000  # porespy and what it imports, beyond the libraries that every simulator needs
+SLICE_BYTES = 8  # per voxel of a slice of a micro-CT image: of a crop, one whole slice is read at a time
+
+STEPS_PER_PERIOD = 20  # least of the force: the second-order steps then err by about (2 pi / 20)^2 / 3 = 3 % of it
+SNAPSHOTS_PER_PERIOD = 2  # more than these, or the snapshots show a slower force than there is
+CELL_REYNOLDS = 10.0  # most of unit velocity, cell size / viscosity: what faster flow errs is in the card
+CELLS_PER_SPHERE = 3.0  # least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +69,11 @@ class PorousMediaConfig:
     resolution: int = 32  # cells per axis
     seed: int = 0
     spin_up: float = 2.0  # simulated from rest before the first snapshot
-    porosity: tuple[float, float] = (0.45, 0.7)  # before unconnected pores are filled
+    geometry: Literal["blobs", "spheres", "micro_ct"] = "blobs"
+    porosity: tuple[float, float] = (0.45, 0.7)  # of blobs and drawn spheres, before unconnected pores are filled
     blobiness: tuple[float, float] = (0.3, 0.5)  # of porespy; grains are about box / (9 blobiness) wide
+    diameter: tuple[float, float] = (0.25, 0.4)  # of drawn spheres, per box
+    source: str | None = None  # micro_ct: an ingested image; spheres: a pack to use instead of drawing one
     viscosity: tuple[float, float] = (0.01, 0.04)
     frequency: tuple[float, float] = (0.3, 0.5)
     amplitude: tuple[float, float] = (0.6, 1.1)  # of the pulsation, relative to the mean force
@@ -71,21 +84,62 @@ class PorousMediaConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
         if self.resolution < 8:
             raise ValueError(f"resolution={self.resolution}: pores would be narrower than 2 cells. Use 8 or more.")
-        if not self.snapshot_interval > 0:
-            raise ValueError(f"snapshot_interval={self.snapshot_interval}: must be positive. Raise it.")
-        if self.spin_up < 0:
-            raise ValueError(f"spin_up={self.spin_up}: must not be negative. Use 0 to record from rest.")
-        for name in ("porosity", "blobiness", "viscosity", "frequency", "amplitude"):
+        if not 0 < self.snapshot_interval < math.inf:
+            raise ValueError(f"snapshot_interval={self.snapshot_interval}: must be positive and finite. Change it.")
+        if not 0 <= self.spin_up < math.inf:
+            raise ValueError(f"spin_up={self.spin_up}: must be finite, not negative. Use 0 to record from rest.")
+        for name in ("porosity", "blobiness", "diameter", "viscosity", "frequency", "amplitude"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
+            if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name}={low, high}: not a range of positive values. Write it as [low, high].")
+        self._require_geometry()
+        self._require_resolved_flow()
+
+    def _require_geometry(self) -> None:
         if self.porosity[1] >= 1:
             raise ValueError(f"porosity={self.porosity}: without grains the flow accelerates for ever. Stay below 1.")
+        if self.diameter[1] > 0.5:
+            raise ValueError(f"diameter={self.diameter}: a sphere would meet its own image. Stay at or below 0.5.")
+        drawn = self.geometry == "spheres" and self.source is None
+        if drawn and self.diameter[0] * self.resolution < CELLS_PER_SPHERE:
+            raise ValueError(
+                f"diameter={self.diameter}: less than {CELLS_PER_SPHERE:g} of {self.resolution} cells. "
+                f"Take {CELLS_PER_SPHERE / self.resolution:.2g} or more, or a larger resolution."
+            )
+        if self.geometry == "micro_ct" and self.source is None:
+            raise ValueError("source=None: micro_ct needs an image. Name a store that ingest_data digital_rocks wrote.")
+        if self.geometry == "blobs" and self.source is not None:
+            raise ValueError(f"source={self.source}: blobs are drawn, not read. Set geometry or drop it.")
+        if self.geometry == "micro_ct" and self.resolution % 2:
+            raise ValueError(f"resolution={self.resolution}: half of it is mirrored. Use an even number.")
+
+    def _require_resolved_flow(self) -> None:
+        fastest = 1 / (STEPS_PER_PERIOD * self.snapshot_interval / self.num_steps)
+        if self.frequency[1] > fastest:
+            raise ValueError(
+                f"frequency={self.frequency}: fewer than {STEPS_PER_PERIOD} time steps a period. "
+                f"Take {fastest:.3g} or less, or a larger resolution."
+            )
+        if self.frequency[1] * self.snapshot_interval * SNAPSHOTS_PER_PERIOD >= 1:
+            raise ValueError(
+                f"frequency={self.frequency}: {SNAPSHOTS_PER_PERIOD} snapshots a period or fewer do not show it. "
+                f"Stay below {1 / (SNAPSHOTS_PER_PERIOD * self.snapshot_interval):.3g}, or lower snapshot_interval."
+            )
+        if self.viscosity[0] * self.resolution * CELL_REYNOLDS < 1:
+            raise ValueError(
+                f"viscosity={self.viscosity}: {self.resolution} cells do not hold the layers at the grains. "
+                f"Take {1 / (self.resolution * CELL_REYNOLDS):.2g} or more, or a larger resolution."
+            )
 
     @property
     def grid(self) -> Grid:
         n, size = self.resolution, 1 / self.resolution
         return Grid(shape=(n, n, n), spacing=(size, size, size), boundary=PERIODIC)
+
+    @property
+    def walls(self) -> Walls:
+        """Voxels of an image are its grains; those of blobs and spheres stand for smooth ones."""
+        return "voxel" if self.geometry == "micro_ct" else "smooth"
 
     @property
     def num_steps(self) -> int:
@@ -96,14 +150,6 @@ class PorousMediaConfig:
     def num_spin_up(self) -> int:
         """Snapshot intervals before the first snapshot."""
         return math.ceil(self.spin_up / self.snapshot_interval)
-
-
-class Rock(NamedTuple):
-    """The pore space as the operators read it; all in one floating-point type."""
-
-    pore: Float[Tensor, "b x y z"]  # 1 in pores
-    open_face: Float[Tensor, "b 3 x y z"]  # 1 between two pore cells
-    diagonal: Float[Tensor, "b 3 x y z"]  # of minus the vector Laplacian, cell size 1
 
 
 class Forcing(NamedTuple):
@@ -120,16 +166,6 @@ class Forcing(NamedTuple):
         return self.strength * (1 + self.amplitude * torch.sin(2 * math.pi * self.frequency * time + self.phase))
 
 
-class State(NamedTuple):
-    """What one time step hands to the next."""
-
-    velocity: Float[Tensor, "b 3 x y z"]
-    previous: Float[Tensor, "b 3 x y z"]  # velocity one step earlier
-    previous_advection: Float[Tensor, "b 3 x y z"]
-    pressure: Float[Tensor, "b x y z"]
-    correction: Float[Tensor, "b x y z"]  # last change of pressure
-
-
 def simulate(
     config: PorousMediaConfig,
     indices: Sequence[int],
@@ -137,19 +173,19 @@ def simulate(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Trajectory]]:
-    """Each wanted trajectory with its index; trajectory i depends only on (config, i).
+    """Each wanted trajectory with its index; trajectory i depends only on (config, i): on a CPU, which takes them one
+    by one, to the last bit, on CUDA to round-off, as sums over a batch depend on its size.
 
     ``progress(k)`` is called after every k of the ``total_work(config, len(indices))`` units. Raises RuntimeError where
-    a solution blows up or no rock percolates.
+    a solution blows up or no rock percolates, ValueError where ``source`` cannot be used.
     """
     device = torch.device(device)
-    num_cells = CPU_CELLS_PER_BATCH if device.type == "cpu" else GPU_CELLS_PER_BATCH
-    size = max(1, num_cells // config.resolution**3)
+    size = 1 if device.type == "cpu" else max(1, GPU_CELLS_PER_BATCH // config.resolution**3)
     for start in range(0, len(indices), size):
         batch = indices[start : start + size]
         pores, forcings = zip(*(_draw_case(config, index) for index in batch), strict=True)
         forcing = Forcing(*torch.tensor(forcings, dtype=torch.float64, device=device).unbind(1))
-        rock = prepare_rock(torch.from_numpy(np.stack(pores)).to(device))
+        rock = prepare_rock(torch.from_numpy(np.stack(pores)).to(device), walls=config.walls)
         state = rest(rock)
         velocity, pressure = [], []
         for k in range(-config.num_spin_up, config.num_snapshots):
@@ -186,160 +222,60 @@ def total_work(config: PorousMediaConfig, num: int) -> int:
     return num * (config.num_spin_up + config.num_snapshots)
 
 
-def permeability(pore: Bool[Tensor, "x y z"], axis: int, tolerance: float = 1e-5) -> float:
-    """Darcy permeability along an axis, in units of a cell's face area, of a periodic rock: k = mean of u.
+def forecast(config: PorousMediaConfig) -> Forecast:
+    """Time and memory, as data/cards/porous_media.md measured them. Raises ValueError where ``source`` is unusable."""
+    cells = config.resolution**3
+    num_steps = (config.num_spin_up + config.num_snapshots - 1) * config.num_steps
+    cuda_batch = min(config.num_trajectories, max(1, GPU_CELLS_PER_BATCH // cells)) * cells
+    image = 0
+    if config.geometry == "micro_ct":
+        _, rows, columns = open_source(config.source or "").shape
+        image = SLICE_BYTES * rows * columns
+    return Forecast(
+        seconds_per_trajectory=num_steps * cells * interpolate_cost(cells, STEP_SECONDS),
+        peak_bytes=cells * (WORKING_BYTES + SNAPSHOT_BYTES * config.num_snapshots) + image + FIXED_BYTES,
+        cuda_bytes=cuda_batch * WORKING_BYTES,
+        cuda_host_bytes=SNAPSHOT_BYTES // 2 * config.num_snapshots * (cuda_batch + cells) + image + FIXED_BYTES,
+    )
 
-    u is the steady Stokes flow at unit viscosity and force: P(-lap u) = P f, with P the projection onto solenoidal
-    fields, by conjugate gradients that stay in the range of P. FP64; the residual falls below ``tolerance`` relative to
-    P f (the error of k is of its square). Raises RuntimeError where that takes more than MAX_ITERATIONS.
+
+def draw_pore_space(config: PorousMediaConfig, rng: np.random.Generator) -> Bool[np.ndarray, "x y z"]:
+    """One rock, True in pores, of which only what percolates along x is kept; drawn again where nothing does.
+
+    A pack read from a file is moved and turned at random, a crop of an image placed at random.
     """
-    rock = prepare_rock(pore[None], torch.float64)
-    force = torch.zeros_like(rock.open_face)
-    force[:, axis] = rock.open_face[:, axis]
-    tight = tolerance / 100
-
-    def apply(velocity: Tensor) -> Tensor:
-        return project(-laplacian(velocity, rock), rock, tight)[0]
-
-    right = project(force, rock, tight)[0]
-    velocity = conjugate_gradient(apply, right, torch.zeros_like(right), tolerance * _norm(right))
-    value = float(velocity[:, axis].mean())
-    if math.isnan(value):
-        raise RuntimeError(f"tolerance={tolerance}: not reached in {MAX_ITERATIONS} iterations. Raise it.")
-    return value
-
-
-def prepare_rock(pore: Bool[Tensor, "b x y z"], dtype: torch.dtype = torch.float32) -> Rock:
-    """The operators' view of a pore space, walls as the head of this file says."""
-    solid = (~pore).to(dtype)
-    open_face = torch.stack([(pore & pore.roll(1, i - 3)).to(dtype) for i in range(3)], 1)
-    buried = torch.stack([solid * solid.roll(1, i - 3) for i in range(3)], 1)
-    diagonal = torch.full_like(open_face, 6.0)
-    for dim in (-3, -2, -1):  # a wall half a cell away mirrors the velocity: its neighbour is -u
-        diagonal = diagonal + buried.roll(1, dim) + buried.roll(-1, dim)
-    return Rock(pore.to(dtype), open_face, diagonal)
+    if config.geometry == "micro_ct":
+        rock = open_source(config.source or "")
+        return draw_percolating(
+            lambda: mirror(draw_crop(rng, rock, config.resolution // 2)),
+            f"source={config.source}",
+            "Raise resolution, or ingest the image with its other phase as pore.",
+        )
+    if config.geometry == "spheres":
+        return draw_percolating(
+            lambda: place_spheres(_sphere_pack(config, rng), config.resolution),
+            f"source={config.source}" if config.source else f"porosity={config.porosity}",
+            "Raise resolution or porosity.",
+        )
+    return draw_percolating(
+        lambda: draw_blobs(rng, config.resolution, config.porosity, config.blobiness),
+        f"porosity={config.porosity}",
+        "Raise it.",
+    )
 
 
-def laplacian(velocity: Float[Tensor, "b 3 x y z"], rock: Rock) -> Float[Tensor, "b 3 x y z"]:
-    """Vector Laplacian on open faces for cell size 1, no slip on the grains; 0 on closed faces."""
-    total = -rock.diagonal * velocity
-    for dim in (-3, -2, -1):
-        total = total + velocity.roll(1, dim) + velocity.roll(-1, dim)
-    return rock.open_face * total
-
-
-def advection(velocity: Float[Tensor, "b 3 x y z"]) -> Float[Tensor, "b 3 x y z"]:
-    """div(u u) on lower faces for cell size 1: second order, conserves momentum and, if div u = 0, energy.
-
-    Closed faces get values too, which the caller masks.
-    Source: Harlow and Welch 1965, Phys. Fluids 8, 2182 (the momentum fluxes live in cells and on edges).
-    """
-    component = velocity.unbind(-4)
-    total = []
-    for i in range(3):
-        centre = component[i] + difference_up(component[i], i, "periodic") / 2
-        total.append(difference_down(centre**2, i, "periodic"))
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        along_i = component[i] - difference_down(component[i], j, "periodic") / 2
-        along_j = component[j] - difference_down(component[j], i, "periodic") / 2
-        flux = along_i * along_j
-        total[i] = total[i] + difference_up(flux, j, "periodic")
-        total[j] = total[j] + difference_up(flux, i, "periodic")
-    return torch.stack(total, -4)
-
-
-def project(
-    velocity: Float[Tensor, "b 3 x y z"],
-    rock: Rock,
-    tolerance: float,
-    guess: Float[Tensor, "b x y z"] | None = None,
-) -> tuple[Float[Tensor, "b 3 x y z"], Float[Tensor, "b x y z"]]:
-    """The nearest solenoidal velocity without flux through closed faces, and the potential that was taken off.
-
-    u = M(velocity - grad potential), M the mask of open faces, cell size 1; the divergence falls below ``tolerance``
-    relative to the velocity, both as root sum squares. Preconditioned by the exact inverse without grains (FFT).
-    """
-    num_x, num_y, num_z = velocity.shape[-3:]
-    cells = Grid(shape=(num_x, num_y, num_z), spacing=(1.0, 1.0, 1.0), boundary=PERIODIC)
-    inside = rock.open_face * velocity
-
-    def apply(potential: Tensor) -> Tensor:
-        return -divergence_of_faces(rock.open_face * gradient_of_cells(potential, PERIODIC), PERIODIC)
-
-    def precondition(residual: Tensor) -> Tensor:
-        return -rock.pore * solve_poisson(residual, cells)
-
-    right = -divergence_of_faces(inside, PERIODIC)
-    start = torch.zeros_like(right) if guess is None else guess
-    potential = conjugate_gradient(apply, right, start, tolerance * _norm(inside), precondition)
-    return inside - rock.open_face * gradient_of_cells(potential, PERIODIC), potential
-
-
-def conjugate_gradient(
-    apply: Callable[[Tensor], Tensor],
-    right: Float[Tensor, "b *s"],
-    guess: Float[Tensor, "b *s"],
-    tolerance: Float[Tensor, "b"],
-    precondition: Callable[[Tensor], Tensor] = lambda residual: residual,
-) -> Float[Tensor, "b *s"]:
-    """Solutions of a batch of positive (semi-)definite systems, each to its own residual norm.
-
-    A sample that has converged stands still, so that none depends on its companions; one that has not after
-    MAX_ITERATIONS comes back as NaN.
-    """
-    solution, residual = guess, right - apply(guess)
-    direction = torch.zeros_like(right)
-    weight = torch.ones_like(tolerance)
-    error = _norm(residual)
-    for _ in range(MAX_ITERATIONS):
-        active = (error > tolerance) & torch.isfinite(error)
-        if not bool(active.any()):
-            break
-        correction = precondition(residual)
-        last, weight = weight, _inner(residual, correction)
-        direction = correction + _spread(torch.where(active, weight / last, 0.0), right) * direction
-        image = apply(direction)
-        step = _spread(torch.where(active, weight / _inner(direction, image), 0.0), right)
-        solution = solution + step * direction
-        residual = residual - step * image
-        error = _norm(residual)
-    solved = (error <= tolerance) & torch.isfinite(error)
-    return torch.where(_spread(solved, right) > 0, solution, torch.nan)
-
-
-def rest(rock: Rock) -> State:
-    """Fluid at rest."""
-    zero, none = torch.zeros_like(rock.open_face), torch.zeros_like(rock.pore)
-    return State(zero, zero, zero, none, none)
-
-
-def advance(state: State, rock: Rock, viscosity: Float[Tensor, "b"], force: Float[Tensor, "b"], step: float) -> State:
-    """The state one time step later; ``force`` is the body force along x then. The box is of length 1 along x."""
-    size = 1 / state.velocity.shape[-3]
-    lead = 1.5 / step  # of the second-order backward difference (3 u' - 4 u + u_previous) / (2 step)
-    now = advection(state.velocity) / size
-    drive = -gradient_of_cells(state.pressure, PERIODIC) / size - (2 * now - state.previous_advection)
-    drive[:, 0] += rearrange(force, "b -> b 1 1 1")
-    right = rock.open_face * (drive + (2 * state.velocity - state.previous / 2) / step) / lead
-    diffusion = _spread(viscosity / (lead * size**2), right)
-
-    def apply(velocity: Tensor) -> Tensor:
-        return velocity - diffusion * laplacian(velocity, rock)
-
-    guess = 2 * state.velocity - state.previous
-    tentative = conjugate_gradient(apply, right, guess, VISCOUS_TOLERANCE * _norm(right))
-    to_pressure = lead * size
-    velocity, potential = project(tentative, rock, PROJECTION_TOLERANCE, state.correction / to_pressure)
-    correction = to_pressure * potential
-    dilatation = divergence_of_faces(tentative, PERIODIC) / size
-    pressure = state.pressure + correction - _spread(viscosity, dilatation) * dilatation
-    return State(velocity, state.velocity, now, _without_mean(pressure, rock), correction)
+def _sphere_pack(config: PorousMediaConfig, rng: np.random.Generator) -> Float[np.ndarray, "n 4"]:
+    if config.source is None:
+        return draw_sphere_pack(rng, config.porosity, config.diameter)
+    spheres = read_sphere_pack(config.source)
+    centre = (spheres[:, rng.permutation(3)] + rng.uniform(size=3)) % 1
+    return np.column_stack([centre, spheres[:, 3]])
 
 
 def _draw_case(config: PorousMediaConfig, index: int) -> tuple[np.ndarray, tuple[float, ...]]:
     """Pore space, and the values of ``Forcing``, of one trajectory."""
     rng = np.random.default_rng([config.seed, index])
-    pore = draw_pore_space(rng, config.resolution, config.porosity, config.blobiness)
+    pore = draw_pore_space(config, rng)
     viscosity = float(np.exp(rng.uniform(*np.log(config.viscosity))))
     wetted = sum(np.count_nonzero(pore ^ np.roll(pore, 1, axis)) for axis in range(3))
     hydraulic_radius = np.count_nonzero(pore) / (wetted * config.resolution)
@@ -368,21 +304,3 @@ def _refuse_blow_up(state: State, indices: Sequence[int], time: float) -> None:
     if not bool(finite.all()):
         lost = indices[int(torch.nonzero(~finite)[0])]
         raise RuntimeError(f"trajectory {lost} blew up before time {time:g}: raise viscosity or resolution.")
-
-
-def _without_mean(pressure: Float[Tensor, "b x y z"], rock: Rock) -> Float[Tensor, "b x y z"]:
-    mean = reduce(pressure * rock.pore, "b x y z -> b", "sum") / reduce(rock.pore, "b x y z -> b", "sum")
-    return rock.pore * (pressure - _spread(mean, pressure))
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    return reduce(left * right, "b ... -> b", "sum")
-
-
-def _norm(values: Tensor) -> Tensor:
-    return _inner(values, values).sqrt()
-
-
-def _spread(per_sample: Tensor, like: Tensor) -> Tensor:
-    """One value per sample, shaped to multiply ``like``; in its type."""
-    return per_sample.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

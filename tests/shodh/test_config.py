@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
-from shodh.config import ConfigError, dump_config, load_config
+from shodh.config import ConfigError, dump_config, load_config, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,35 @@ def test_every_yaml_in_configs_loads(request):
     import settings
     from generate_data import GenerateConfig
 
-    configs = settings.CONFIGS | {"generate_data": GenerateConfig}
+    from data.simulate.openfwi_files import GathersConfig
+
+    configs = settings.CONFIGS | {"generate_data": GenerateConfig, "generate_gathers": GathersConfig}
     paths = sorted((request.config.rootpath / "configs").glob("*/*.yaml"))
     assert paths
     for path in paths:
         load_config(configs[path.parent.name], path)
         assert yaml.safe_load(path.read_text())
+
+
+def test_every_section_of_a_simulation_loads_as_its_simulators_config(request):
+    from generate_data import SECTIONS, GenerateConfig, _load_simulator
+
+    paths = sorted((request.config.rootpath / "configs" / "generate_data").glob("*.yaml"))
+    assert any(path.stem == "base" for path in paths)
+    for path in paths:
+        config = load_config(GenerateConfig, path)
+        num_sections = 0
+        for section in SECTIONS:
+            values = getattr(config, section)
+            if values is not None:
+                physics = parse_config(_load_simulator(section)[1], values, source=f"{path}, section {section}")
+                assert physics.num_trajectories > config.num_test
+                num_sections += 1
+        assert num_sections
+
+
+def test_base_corpus_holds_61000_tensors(request):
+    values = yaml.safe_load((request.config.rootpath / "configs" / "generate_data" / "base.yaml").read_text())
+    domains = [values[name] for name in ("acoustics", "open_channel", "porous_media")]
+    assert sum(domain["num_trajectories"] * domain["num_snapshots"] for domain in domains) == 61_000
+    assert all(domain["resolution"] == 128 for domain in domains)

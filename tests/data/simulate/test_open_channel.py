@@ -1,6 +1,9 @@
 """The open channel against laminar and vortex solutions, its invariants, and the statistics of wall turbulence."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,19 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.simulate.channel_flow import Channel, advance, momentum_tendency, refine, solve_pressure
 from data.simulate.open_channel import (
     DOMAIN,
-    Channel,
     OpenChannelConfig,
-    advance,
+    forecast,
     make_initial_velocity,
-    mean_velocity_law,
-    momentum_tendency,
-    refine,
     simulate,
-    solve_pressure,
     total_work,
 )
+from data.simulate.open_channel import make_grid as make_channel_grid
 from shodh.fields import Grid
 from shodh.physics.exterior import divergence_of_faces
 from shodh.physics.helmholtz import remove_divergence
@@ -46,7 +46,7 @@ def make_channel(grid: Grid, viscosity: float, force: float) -> Channel:
 
 def make_vortices(grid: Grid, profile: bool) -> tuple[Tensor, Tensor]:
     """u = d psi / dz, w = -d psi / dx with psi = sin(x) sin(2 z), and its Euler pressure; also times sin(pi y / 2)."""
-    (nx, ny, nz), (hx, hy, hz) = grid.shape, grid.spacing
+    (nx, ny, nz), (hx, hy, hz) = grid.shape, grid.mean_spacing
     face_x, face_z = (torch.arange(n, dtype=torch.float64) * h for n, h in ((nx, hx), (nz, hz)))
     x, y, z = (face_x + hx / 2)[:, None, None], (torch.arange(ny) + 0.5)[:, None] * hy, face_z + hz / 2
     shape = torch.sin(math.pi / 2 * y) if profile else torch.ones_like(y)
@@ -93,7 +93,7 @@ def test_only_force_and_bed_friction_change_the_mean_flow() -> None:
     grid, viscosity = make_grid(12, 10, 8), 0.02
     velocity = make_flow(grid)
     tendency = momentum_tendency(velocity, make_channel(grid, viscosity, force=1.0))
-    friction = viscosity * velocity[0, 0, :, 0].mean() / (grid.spacing[1] / 2)
+    friction = viscosity * velocity[0, 0, :, 0].mean() / (grid.mean_spacing[1] / 2)
     torch.testing.assert_close(tendency[0, 0].mean(), 1 - friction, rtol=0, atol=1e-12)
 
 
@@ -103,7 +103,7 @@ def test_viscous_term_is_the_laplacian_for_solenoidal_flow() -> None:
     viscous = momentum_tendency(velocity, make_channel(grid, 1.0, 0.0)) - momentum_tendency(
         velocity, make_channel(grid, 0.0, 0.0)
     )
-    w, (hx, hy, hz) = velocity[:, 2], grid.spacing
+    w, (hx, hy, hz) = velocity[:, 2], grid.mean_spacing
     laplacian = (w.roll(1, 1) + w.roll(-1, 1) - 2 * w) / hx**2 + (w.roll(1, 3) + w.roll(-1, 3) - 2 * w) / hz**2
     ghosted = torch.cat([-w[:, :, :1], w, w[:, :, -1:]], 2)
     laplacian = laplacian + ghosted.diff(n=2, dim=2) / hy**2
@@ -126,7 +126,7 @@ def test_refinement_errs_at_second_order() -> None:
         fine = make_grid(2 * n, 2 * n, 2 * n)
         coarse_velocity, _ = make_vortices(make_grid(n, n, n), profile=True)
         fine_velocity, _ = make_vortices(fine, profile=True)
-        errors.append((refine(coarse_velocity, fine) - fine_velocity).square().mean().sqrt().item())
+        errors.append((refine(coarse_velocity, fine, "free") - fine_velocity).square().mean().sqrt().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.15)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.15)
 
@@ -160,7 +160,7 @@ def test_trajectories_are_reproducible_and_do_not_depend_on_their_companions() -
 def test_pressure_is_that_of_the_stored_velocity() -> None:
     _, trajectory = next(simulate(SHORT, [3]))
     grid = trajectory.grid
-    area = torch.tensor(grid.face_area, dtype=torch.float64).reshape(3, 1, 1, 1)
+    area = torch.from_numpy(grid.face_area)
     velocity = torch.from_numpy(trajectory.velocity).double() / area
     viscosity = torch.full((len(velocity),), trajectory.parameters["viscosity"], dtype=torch.float64)
     pressure = solve_pressure(velocity, Channel(grid, viscosity)).numpy()
@@ -181,6 +181,7 @@ def test_blow_up_names_the_trajectory_and_the_time() -> None:
         ("resolution", 4),
         ("friction_reynolds", (200.0, 100.0)),
         ("spinup_time", math.inf),
+        ("stretching", -1.0),
     ],
 )
 def test_bad_config_names_the_field(field: str, value: Any) -> None:
@@ -195,28 +196,70 @@ def test_cuda_takes_the_same_steps_as_the_cpu() -> None:
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-3 * float(np.abs(on_cpu).max()))
 
 
+def test_a_closed_channel_is_recorded_between_two_walls_on_a_grid_that_is_finest_there() -> None:
+    config = OpenChannelConfig(num_snapshots=2, resolution=16, spinup_time=1.0, top="wall", stretching=1.7)
+    _, trajectory = next(simulate(config, [0]))
+    widths = trajectory.grid.widths(1)
+    assert widths.sum() == pytest.approx(2.0, rel=1e-12)
+    np.testing.assert_allclose(widths, widths[::-1], rtol=1e-12)
+    assert (np.diff(widths[:8]) > 0).all()
+    faces = np.concatenate([[0.0], np.cumsum(widths)])
+    distance = np.minimum((faces[1:] + faces[:-1]) / 2, 2 - (faces[1:] + faces[:-1]) / 2)
+    np.testing.assert_allclose(trajectory.medium[3, :, 5], distance, rtol=1e-6)
+    flux = torch.from_numpy(trajectory.velocity)
+    divergence = divergence_of_faces(flux.double(), DOMAIN.boundary)
+    assert divergence.abs().max() < 6 * 4 * torch.finfo(torch.float32).eps * flux.abs().max()
+    mean = (trajectory.velocity / trajectory.grid.face_area)[:, 0].mean((0, 1, 3))
+    assert 0 < mean[0] < mean[7] and 0 < mean[-1] < mean[8]  # the wind is slow at both walls
+    np.testing.assert_allclose(mean, mean[::-1], rtol=0, atol=0.3 * mean.max())
+
+
+def test_an_open_channel_is_stretched_away_from_the_bed_only() -> None:
+    config = OpenChannelConfig(resolution=32, stretching=1.7)
+    widths = make_channel_grid(config, 32).widths(1)
+    assert widths.sum() == pytest.approx(1.0, rel=1e-12)
+    assert (np.diff(widths) > 0).all()
+    assert make_channel_grid(OpenChannelConfig(), 32).is_uniform(1)
+
+
+def test_forecast_grows_with_the_work_and_the_memory_of_finer_grids() -> None:
+    coarse, fine = (forecast(OpenChannelConfig(resolution=n)) for n in (32, 64))
+    longer = forecast(OpenChannelConfig(num_snapshots=50))
+    # twice the cells per axis: 8 times the cells and about twice the steps; spin-up starts on the same coarse grid
+    assert 8 < fine.seconds_per_trajectory / coarse.seconds_per_trajectory < 32
+    assert longer.seconds_per_trajectory > coarse.seconds_per_trajectory
+    assert longer.peak_bytes > coarse.peak_bytes
+    assert fine.peak_bytes >= 25 * 16 * 64**3  # the snapshots of one trajectory
+
+
 @pytest.mark.slow
 def test_recorded_flow_is_developed_wall_turbulence() -> None:
     config = OpenChannelConfig(num_trajectories=6, num_snapshots=41, snapshot_interval=0.05)
-    profiles, stresses, fluctuations = [], [], []
+    stresses, fluctuations = [], []
     for _, trajectory in simulate(config, range(config.num_trajectories)):
         grid, viscosity = trajectory.grid, trajectory.parameters["viscosity"]
-        velocity = trajectory.velocity / np.reshape(grid.face_area, (3, 1, 1, 1))
+        velocity = trajectory.velocity / grid.face_area
         mean = velocity[:, 0].mean((0, 1, 3))
         fluctuation = velocity - velocity.mean((2, 4), keepdims=True)
         u, v = fluctuation[:, 0], fluctuation[:, 1]
         u_edge, v_edge = (u[:, :, 1:] + u[:, :, :-1]) / 2, (v + np.roll(v, 1, 1))[:, :, 1:] / 2
-        stresses.append(viscosity * np.diff(mean) / grid.spacing[1] - (u_edge * v_edge).mean((0, 1, 3)))
-        height = (np.arange(grid.shape[1]) + 0.5) * grid.spacing[1]
-        profiles.append(np.interp(30 * viscosity, height, mean) / mean_velocity_law(np.array([30.0]), 1.0)[0])
+        stresses.append(viscosity * np.diff(mean) / grid.mean_spacing[1] - (u_edge * v_edge).mean((0, 1, 3)))
         fluctuations.append(np.sqrt((fluctuation**2).mean((0, 2, 4))).max(1))
     face_height = np.arange(1, config.resolution) / config.resolution
-    # Scatter of one run: 0.08 in stress, 3 % in the profile; 3 standard errors of 6 runs are 0.1 and 4 %. The profile
-    # gets another 4 % for a deficit that this grid is known to have, measured and not derived (see the card's limits).
+    # Scatter of one run: 0.08 in stress; 3 standard errors of 6 runs are 0.1.
     assert np.abs(np.mean(stresses, 0) - (1 - face_height)).max() < 0.1
-    assert np.mean(profiles) == pytest.approx(1, abs=0.08)
     # Peaks in friction velocities; direct simulation has 2.6-2.8, 0.8-0.9 and 1.0-1.1 at these Re_tau.
     lowest, highest = np.min(fluctuations, 0), np.max(fluctuations, 0)
     assert 2.0 < lowest[0] and highest[0] < 3.6
     assert 0.5 < lowest[1] and highest[1] < 1.2
     assert 0.6 < lowest[2] and highest[2] < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+def test_closed_channel_agrees_with_published_direct_simulations(shared_data: Path, tmp_path: Path) -> None:
+    """64^3 at Re_tau 180: mean velocity, stresses and their sum within the benchmark's bounds for a short run."""
+    script = Path(__file__).parents[3] / "benchmarks" / "channel.py"
+    command = [sys.executable, script, "--quick", "--tables", shared_data / "turbulence", "--folder", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
