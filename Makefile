@@ -1,6 +1,8 @@
 # make pretrain   set up, simulate three physics, train the tokenizer, pretrain the mixture of experts, evaluate, report
 # make test       set up and run the tests
 # make check      lint, types, tests
+# make faults     hundreds of damaged stores and sources, none of which may be read silently
+# make benchmarks reading and a training step with it against what is fastest elsewhere
 # Every step of `make pretrain` continues where it stopped or says that it is done.
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
 endif
 
-.PHONY: setup pretrain test test-slow lint check clean
+.PHONY: setup pretrain test test-slow faults benchmarks lint check clean
 
 setup: .venv/installed
 
@@ -38,6 +40,12 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+faults: setup
+	$(BIN)/python -m pytest -s -m faults
+
+benchmarks: setup
+	$(BIN)/python benchmarks/loader.py
 
 lint: setup
 	$(BIN)/ruff check --output-format concise .

@@ -7,7 +7,7 @@ figure is one printed line (name, value, p10-p90, target, holds or short) and on
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def control(name: str, ratios: Sequence[float] | np.ndarray) -> Figure:
     return _bounded(name, ratios, f"1.00 +- {CONTROL:g}", lambda value: abs(value - 1) <= CONTROL, "")
 
 
-def time_interleaved(works: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, np.ndarray]:
+def time_interleaved(works: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, np.ndarray]:
     """Seconds (num_rounds,) of each work, taken in turn, the order reversed every other round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
