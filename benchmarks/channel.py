@@ -38,7 +38,7 @@ PRIMARY = "Lee-Moser"  # the table whose friction Reynolds number is simulated
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRun:
-    """A closed channel from rest to converged statistics; lengths in half heights, times in those per u_tau."""
+    """A closed channel from its start to converged statistics; lengths in half heights, times in those per u_tau."""
 
     friction_reynolds: float = 182.09  # of the tables by Lee and Moser that are called "Re_tau = 180"
     resolution: int = 64
@@ -193,8 +193,8 @@ def main(arguments: list[str]) -> int:
     title = (
         f"Closed channel, Re_tau = {run.friction_reynolds:g}, {run.resolution}^3 (lines) over published DNS (points)"
     )
-    plot(to_wall_units(profiles, run.friction_reynolds), tables, title, options.folder / "profiles.png")
-    return report("channel_quick" if options.quick else "channel", figures)
+    plot(to_wall_units(profiles, run.friction_reynolds), tables, title, options.folder / name / "profiles.png")
+    return report(f"channel-{name}", figures)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,34 @@
 """Memory for batches, used again once nobody holds it: fresh memory costs a page fault per 4 KB."""
 
 import sys
+import threading
 from collections import defaultdict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MOST_KEPT = 6  # arrays of one shape: a prefetched queue, the batch in use, and the next
+MOST_KEPT = 12  # arrays of one shape: a batch may have two, and five are about (queued 2, offered, in use, next)
 
 
 class Buffers:
-    """Hands out uninitialised float32 tensors whose memory it takes back when the last tensor on it is gone.
-
-    Not for several threads at once; the tensors may go to any.
-    """
+    """Hands out uninitialised float32 tensors whose memory it takes back when the last tensor on it is gone."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+        self._taking = threading.Lock()
 
     def take(self, *shape: int) -> Tensor:
         """A tensor on memory that no other tensor, view or array uses."""
-        kept = self._kept[shape]
-        for index in range(len(kept)):
-            if sys.getrefcount(kept[index]) == _REFERENCES_WHEN_FREE:
-                return torch.from_numpy(kept[index])
-        array = np.empty(shape, np.float32)
-        if len(kept) < MOST_KEPT:
-            kept.append(array)
-        return torch.from_numpy(array)
+        with self._taking:
+            kept = self._kept[shape]
+            for index in range(len(kept)):
+                if sys.getrefcount(kept[index]) == _REFERENCES_WHEN_FREE:
+                    return torch.from_numpy(kept[index])
+            array = np.empty(shape, np.float32)
+            if len(kept) < MOST_KEPT:
+                kept.append(array)
+            return torch.from_numpy(array)
 
 
 def _count_references_when_free() -> int:

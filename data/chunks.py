@@ -7,14 +7,14 @@ chunk follows from the layout, its bytes go straight into the caller's array, an
 missing shard as fill values (NaN here, so that it shows even there).
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import sys
-import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -27,8 +27,16 @@ import xxhash
 
 LAYOUT_VERSION = 2  # of stores and of what is left half way; 1 had one compressed file per snapshot
 MEND = "Restore it from a copy or remove the folder and write it again."
+REMEDIES = {  # what is no fault of the file
+    errno.EMFILE: "Raise `ulimit -n`: this process has too many files open.",
+    errno.ENFILE: "Close other programs: this machine has too many files open.",
+    errno.EACCES: "Mend its permissions.",
+    errno.EPERM: "Mend its permissions.",
+}
 BLOCK = 2**21  # bytes read, hashed and scaled at a time: they stay in the cache between these three
-MOST_OPEN = 32  # files that a reader keeps open: opening costs as much as reading 200 KB
+MOST_OPEN = (
+    512  # files that all readers keep open, half of what Linux allows a process: opening costs as much as 200 KB
+)
 CHECKSUM_BYTES = 4
 HASH_BYTES = 8
 
@@ -115,26 +123,6 @@ def write_chunk(folder: Path, array: ArrayLayout, index: Sequence[int], values: 
     return {name: FileDigest(num_bytes + len(index_bytes), whole.hexdigest(), "".join(hashes))}
 
 
-def read_chunk(folder: str | Path, array: ArrayLayout, index: Sequence[int]) -> np.ndarray:
-    """One whole chunk, verified against the checksums in its file. Raises StoreError when it is missing or altered.
-
-    These cannot tell one sound chunk from another: ``ArrayReader`` also compares with what this place must hold.
-    """
-    file = f"{folder}/{array.chunk_file(index)}"
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}). {MEND}") from None
-    must = (array.inner_bytes + CHECKSUM_BYTES) * array.num_inner
-    if len(content) != must + len(_shard_index(array)):
-        raise StoreError(f"{file}: {len(content)} bytes, not {must + len(_shard_index(array))}. {MEND}")
-    parts = np.frombuffer(content[:must], np.uint8).reshape(array.num_inner, -1)
-    for part in parts:
-        if _checksum(part[:-CHECKSUM_BYTES]) != part[-CHECKSUM_BYTES:].tobytes():
-            raise StoreError(f"{file}: damaged, a checksum differs. {MEND}")
-    return parts[:, :-CHECKSUM_BYTES].copy().view(array.dtype).reshape(array.chunk)
-
-
 class ArrayReader:
     """Reads the inner chunks of one array, each verified against the hash that the digests hold for its place."""
 
@@ -149,9 +137,8 @@ class ArrayReader:
             self._hashes = []
         if {len(hashes) for hashes in self._hashes} != {HASH_BYTES * array.num_inner}:
             raise StoreError(f"{folder}: the digests of {array.name} are incomplete. {MEND}")
-        self._open: dict[int, int] = {}  # descriptors of the first few files read, until this reader is gone
-        self._opening = threading.Lock()
-        weakref.finalize(self, _close_all, self._open)
+        self._open: dict[int, _OpenFile] = {}  # those of the first files read
+        _readers.add(self)
 
     def read(self, chunk: int = 0, inner: int = 0) -> np.ndarray:
         """A new array of the inner chunk's shape; ``chunk`` counts files in C order, ``inner`` chunks in the file."""
@@ -165,31 +152,47 @@ class ArrayReader:
         Raises StoreError for a file that is missing, short or altered; ``out`` is then undefined.
         """
         assert out.nbytes == self.array.inner_bytes and out.dtype == self.array.dtype and out.flags.c_contiguous
-        offset, kept = inner * self._stride, self._open.get(chunk)
         try:
-            if kept is not None:
-                found = _fill(kept, out, offset, factors)
-            else:
-                with self._descriptor(chunk) as descriptor:
-                    found = _fill(descriptor, out, offset, factors)
+            file = self._open.get(chunk) or self._open_file(chunk)
+            found = _fill(file.descriptor, out, inner * self._stride, factors)
         except OSError as error:
-            raise StoreError(f"{self._files[chunk]}: cannot be read ({error.strerror or error}). {MEND}") from None
+            raise _unreadable(self._files[chunk], error) from None
         if found != self._hashes[chunk][HASH_BYTES * inner : HASH_BYTES * (inner + 1)]:
             raise StoreError(f"{self._files[chunk]}: damaged, inner chunk {inner} differs from its digest. {MEND}")
 
-    @contextmanager
-    def _descriptor(self, chunk: int) -> Iterator[int]:
-        """An open file; kept open if it is among the first few, so that threads never close each other's."""
-        descriptor = os.open(self._files[chunk], os.O_RDONLY)
-        with self._opening:
-            keep = len(self._open) < MOST_OPEN and chunk not in self._open
-            if keep:
-                self._open[chunk] = descriptor
+    def _open_file(self, chunk: int) -> "_OpenFile":
+        """A file, kept open if it is among the first; all that is kept is let go when there are too many."""
         try:
-            yield descriptor
-        finally:
-            if not keep:
-                os.close(descriptor)
+            file = _OpenFile(self._files[chunk])
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            for reader in list(_readers):
+                reader._open.clear()
+            file = _OpenFile(self._files[chunk])
+        if sum(len(reader._open) for reader in list(_readers)) < MOST_OPEN:
+            self._open[chunk] = file
+        return file
+
+
+class _OpenFile:
+    """A file open for reading, closed when the last who holds it lets go: threads never close each other's."""
+
+    def __init__(self, file: str):
+        self.descriptor = -1  # in case it cannot be opened
+        self.descriptor = os.open(file, os.O_RDONLY)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.descriptor >= 0:
+            close(self.descriptor)
+
+
+_readers: "weakref.WeakSet[ArrayReader]" = weakref.WeakSet()
+
+
+def _unreadable(file: str | Path, error: OSError) -> StoreError:
+    """The error that says how to mend that a file cannot be read: few reasons are faults of the file."""
+    return StoreError(f"{file}: cannot be read ({error.strerror or error}). {REMEDIES.get(error.errno or 0, MEND)}")
 
 
 def read_attributes(folder: Path) -> dict[str, Any]:
@@ -203,7 +206,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         node = json.loads(file.read_bytes())
     except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}). {MEND}") from None
+        raise _unreadable(file, error) from None
     except (ValueError, RecursionError):
         node = None
     if not isinstance(node, dict):
@@ -235,14 +238,14 @@ def array_codecs(array: ArrayLayout) -> list[dict[str, Any]]:
     return [{"name": "sharding_indexed", "configuration": sharding}]
 
 
-def _close_all(descriptors: dict[int, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
-
-
 def _read_exactly(descriptor: int, out: np.ndarray, offset: int) -> None:
-    if os.preadv(descriptor, [out.data], offset) != out.nbytes:
-        raise OSError("truncated")
+    """Fill ``out``; one call returns at most 2 GB on Linux, and less at will on a network file system."""
+    rest = out.data.cast("B")
+    while rest:
+        count = os.preadv(descriptor, [rest], offset)
+        if count == 0:
+            raise OSError("truncated")
+        rest, offset = rest[count:], offset + count
 
 
 def _fill(descriptor: int, out: np.ndarray, offset: int, factors: Sequence[Factor]) -> bytes:

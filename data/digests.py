@@ -64,10 +64,11 @@ def read_digests(folder: Path) -> Digests:
 def publish(partial: Path, path: Path) -> None:
     """Flush all to disk, then move a sealed folder to its final name in one step; what stood there is removed.
 
-    One flush at the end costs a tenth of one per chunk; until then a chunk's digest tells whether it is whole.
+    One flush at the end costs a tenth of one per chunk; until then a chunk's digest tells whether it is whole. What is
+    replaced goes by way of ``.NAME.replaced``, a name that nobody else uses: NAME.old and the like are the user's.
     """
     os.sync()
-    old = path.with_name(path.name + ".old")
+    old = path.with_name(f".{path.name}.replaced")  # may stand there if a call before was killed
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.rename(path, old)
@@ -102,7 +103,10 @@ def digest_file(file: Path) -> FileDigest:
 
 def is_intact(file: Path, digest: FileDigest) -> bool:
     """Whether the file is there and every byte is as it was when the digest was taken."""
-    return file.is_file() and digest_file(file)[:2] == digest[:2]
+    try:
+        return file.is_file() and digest_file(file)[:2] == digest[:2]
+    except FileNotFoundError:  # moved meanwhile, by a process that published the folder
+        return False
 
 
 def _check_file(file: Path, size: int | None, digest: FileDigest | None, belongs: bool, read: bool) -> list[str]:

@@ -8,6 +8,7 @@ unless mounted with local locks).
 
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -88,26 +89,24 @@ class Journal:
 def claim(folder: Path, share: Share, plan: dict[str, Any]) -> Iterator[Journal]:
     """The share's journal, for this process alone; ``plan`` is left in the folder for all others to be compared with.
 
+    A folder that another process publishes meanwhile is made anew and stays empty: look for the complete store first.
     Raises ConfigError when another process holds the share, or others divide the folder differently just now.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     own = folder / f".journal-{share.index}-of-{share.count}.jsonl"
-    with open(own, "a+b") as stream:
-        with lock(folder):
-            for other in folder.glob(".journal-*.jsonl"):
-                if other != own and not other.name.endswith(f"-of-{share.count}.jsonl") and _is_held(other):
-                    divided = other.stem.removeprefix(".journal-").replace("-of-", "/")
-                    raise ConfigError(
-                        f"{share}: another process is writing {folder} as shard={divided}. "
-                        "Wait for it, or give all processes the same number of shards."
-                    )
-            if not _lock_now(stream):
-                raise ConfigError(f"store={folder}: another process is writing it ({share}). Wait for it or stop it.")
-            if read_plan(folder) is None:
-                if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-                    raise ConfigError(f"store={folder}: begun by another version of Shodh. Remove it and start again.")
-                _write_plan(folder, plan)
-        yield Journal(folder, stream)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            stream = open(own, "a+b")
+        except FileNotFoundError:  # published since mkdir
+            continue
+        with stream:
+            with lock(folder) as is_there:
+                is_claimed = is_there and _is_at(stream, own)
+                if is_claimed:
+                    _take(stream, own, share, plan)
+            if is_claimed:
+                yield Journal(folder, stream)
+                return
 
 
 @contextmanager
@@ -120,7 +119,7 @@ def lock(folder: Path) -> Iterator[bool]:
         return
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        yield True
+        yield _is_at(stream, folder / LOCK)
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
@@ -136,7 +135,11 @@ def read_records(folder: Path) -> dict[int, list[Record]]:
     """What all journals say of each trajectory, whoever wrote them; torn and damaged lines are passed over."""
     records: dict[int, list[Record]] = {}
     for journal in folder.glob(".journal-*.jsonl"):
-        for line in journal.read_bytes().split(b"\n"):
+        try:
+            lines = journal.read_bytes().split(b"\n")
+        except FileNotFoundError:  # published meanwhile
+            continue
+        for line in lines:
             checksum, _, content = line.partition(b" ")
             if content and xxhash.xxh3_64_hexdigest(content).encode() == checksum:
                 fields = json.loads(content)
@@ -166,6 +169,32 @@ def remove_journals(folder: Path) -> None:
 
 def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
     (folder / PLAN).write_text(json.dumps({"layout_version": LAYOUT_VERSION, "plan": plan}))
+
+
+def _take(stream: IO[bytes], own: Path, share: Share, plan: dict[str, Any]) -> None:
+    """Lock this process's journal, and leave the plan if nobody has."""
+    folder = own.parent
+    for other in folder.glob(".journal-*.jsonl"):
+        if other != own and not other.name.endswith(f"-of-{share.count}.jsonl") and _is_held(other):
+            divided = other.stem.removeprefix(".journal-").replace("-of-", "/")
+            raise ConfigError(
+                f"{share}: another process is writing {folder} as shard={divided}. "
+                "Wait for it, or give all processes the same number of shards."
+            )
+    if not _lock_now(stream):
+        raise ConfigError(f"store={folder}: another process is writing it ({share}). Wait for it or stop it.")
+    if read_plan(folder) is None:
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise ConfigError(f"store={folder}: begun by another version of Shodh. Remove it and start again.")
+        _write_plan(folder, plan)
+
+
+def _is_at(stream: IO[bytes], file: Path) -> bool:
+    """Whether an open file still has this name: its folder may have been moved and made anew."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _is_held(journal: Path) -> bool:

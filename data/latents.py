@@ -4,6 +4,7 @@ A cache written by another tokenizer or from another store is stale and refused.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -107,16 +108,19 @@ def write_latents(
     """Encode what is missing of a store and return the cache's digest; a current cache is left as it is.
 
     Written beside, trajectory by trajectory, and renamed: a cache that can be opened is complete, and killed half way
-    the next call continues. Raises RuntimeError when a latent is not finite or changes shape.
+    the next call continues. Raises ConfigError when something else stands at ``path``, RuntimeError when a latent is
+    not finite or changes shape.
     """
     path = Path(path)
-    try:
-        return open_latents(path, tokenizer_hash, store.digest).digest
-    except ConfigError:
-        pass  # missing, stale or damaged: encode again
-    partial = partial_folder(path)
     source = {"tokenizer_hash": tokenizer_hash, "field_digest": store.digest}
+    if current := _current_digest(path, source):
+        return current
+    _require_own(path)
+    partial = partial_folder(path)
     with claim(partial, WHOLE, source) as journal:
+        if current := _current_digest(path, source):  # published by another process since this one looked
+            shutil.rmtree(partial, ignore_errors=True)
+            return current
         if read_plan(partial) != source:
             journal.restart(source)
         records = journal.intact(WHOLE)
@@ -173,6 +177,34 @@ def check_latents(path: Path, deep: bool) -> list[str]:
         return problems
     digests = read_digests(path)
     return [line for array in arrays.values() for line in check_finite(path, array, ArrayReader(path, array, digests))]
+
+
+def _current_digest(path: Path, source: Mapping[str, str]) -> str:
+    """The digest of the cache made from this source; empty if there is none or it is stale or damaged."""
+    try:
+        return open_latents(path, **source).digest
+    except ConfigError:
+        return ""
+
+
+def _require_own(path: Path) -> None:
+    """Raise ConfigError if what stands at ``path``, or half written beside it, is no cache of latents to replace."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        kind = _kind(path)
+        if kind != "latents":
+            found = f"a store of {kind}" if kind else "something that is no cache of latents"
+            raise ConfigError(f"latents={path}: {found} stands there. Choose another folder, or remove it yourself.")
+    partial = partial_folder(path)
+    if "tokenizer_hash" not in (read_plan(partial) or {"tokenizer_hash": ""}):
+        raise ConfigError(f"latents={path}: {partial.name} is a store half written. Choose another folder.")
+
+
+def _kind(path: Path) -> str:
+    """What the root attributes of a group say it holds; empty if there is no group."""
+    try:
+        return str(read_attributes(path).get("kind", ""))
+    except StoreError:
+        return ""
 
 
 def _encode_trajectory(

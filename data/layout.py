@@ -113,6 +113,10 @@ def parse_header(attributes: dict[str, Any], source: str) -> StoreHeader:
     grid = parse_config(Grid, attributes.get("grid", {}), source=f"{source}, grid")
     if grid.shape != plan.shape:
         raise ConfigError(f"store={source}: its grid is {grid.shape}, its plan {plan.shape}. {MEND}")
+    if grid.boundary != plan.domain.boundary:
+        raise ConfigError(
+            f"store={source}: its grid ends in {grid.boundary}, its domain in {plan.domain.boundary}. {MEND}"
+        )
     return StoreHeader(plan, grid)
 
 
@@ -146,7 +150,9 @@ def field_arrays(header: StoreHeader) -> dict[str, ArrayLayout]:
     ]
     by_name = {array.name: array for array in arrays}
     if len(by_name) < len(arrays):
-        raise ValueError(f"domain {domain.name}: two of its variables share one name: {[a.name for a in arrays]}.")
+        raise ValueError(
+            f"domain {domain.name}: two of its variables share one name: {[a.name for a in arrays]}. Rename one."
+        )
     return by_name
 
 
@@ -192,9 +198,9 @@ def coordinate_values(grid: Grid) -> dict[str, np.ndarray]:
 
 
 def measure_defect(stored_velocity: np.ndarray, header: StoreHeader) -> float:
-    """Largest |div F| (solenoidal) or |curl v| (irrotational) over the largest |F|, evaluated in FP64; 0 for ``full``.
+    """Largest |div F| (solenoidal), |curl v| (irrotational) or velocity through a wall over the largest |F|, in FP64.
 
-    Also counts flux through lower walls, which must be 0. The operators are those of ``shodh.physics.exterior``.
+    A ``full`` velocity must only vanish on walls. The operators are those of ``shodh.physics.exterior``.
     """
     velocity = torch.from_numpy(stored_velocity.astype(np.float64))
     space, boundary = header.plan.domain.velocity_space, header.grid.boundary
@@ -315,9 +321,10 @@ def describe_defect(where: str, defect: float, header: StoreHeader) -> list[str]
     """One line if the defect of a stored velocity exceeds FP32 round-off, else nothing."""
     if defect <= MAX_DEFECT:
         return []
-    name = "curl" if header.plan.domain.velocity_space == "irrotational" else "divergence (or flux through a wall)"
+    names = {"solenoidal": "divergence or flux through a wall", "irrotational": "curl or velocity through a wall"}
+    name = names.get(header.plan.domain.velocity_space, "velocity through a wall")
     size = f"{defect:.1e} of its largest value, limit {MAX_DEFECT:.1e}"
-    return [f"{where} has {name} {size}. Project it where it is made."]
+    return [f"{where} has {name} {size}. Project it where it is made, and set walls to 0."]
 
 
 def main(arguments: list[str]) -> int:

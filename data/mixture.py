@@ -5,6 +5,7 @@ the same whatever the number of ranks; a rank takes its slice of it.
 """
 
 import bisect
+import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -50,6 +51,8 @@ class MixtureConfig:
         for name in ("batch_size", "accumulation", "read_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"weights={self.weights}: all must be finite. Change them.")
         positive = [weight for weight in self.weights if weight > 0]
         if self.weights and (min(self.weights) < 0 or not positive):
             raise ValueError(f"weights={self.weights}: none may be negative and one must be positive. Change them.")
@@ -83,6 +86,11 @@ class FieldMixture:
         slots = velocity.unbind(), pressure.unbind(), medium.unbind()
         list(self._readers.map(partial(self._read, domain), positions, *slots))  # raises what a reader raised
         return FieldBatch(velocity, pressure, medium, store.domain, store.grid)
+
+    def first(self, num_turns: int) -> Iterator[FieldBatch]:
+        """The first batches in order, micro steps and all, so that every domain has its turns."""
+        for turn in range(num_turns):
+            yield self.batch(*divmod(turn, self.config.accumulation))
 
     def _read(self, domain: int, position: int, velocity: Tensor, pressure: Tensor, medium: Tensor) -> None:
         """Put the ``position``-th sample there, normalised: velocity (3, x, y, z), pressure and medium (1, x, y, z)."""

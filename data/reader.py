@@ -151,7 +151,7 @@ def require_index(path: Path, trajectory: int, time: int, counts: tuple[int, int
     """Raise IndexError unless there is such a trajectory and snapshot; negative ones do not count from the end."""
     for name, value, count in zip(("trajectory", "time"), (trajectory, time), counts, strict=True):
         if not 0 <= value < count:
-            raise IndexError(f"{name}={value}: store {path} has {count}.")
+            raise IndexError(f"{name}={value}: store {path} has {count}. Take 0 to {count - 1}.")
 
 
 def _velocity_factors(header: StoreHeader) -> list[Factor]:

@@ -35,17 +35,19 @@ class FieldStatistics:
 def measure_statistics(store: Store, max_snapshots: int = 512) -> FieldStatistics:
     """Statistics of the training split, from at most ``max_snapshots`` snapshots spread evenly over it.
 
-    Sums run in FP64, one snapshot in memory at a time. Raises ValueError when velocity or pressure is zero everywhere.
+    Means are over the volume, whatever the widths of the cells; sums run in FP64, one snapshot in memory at a time.
+    Raises ValueError when velocity or pressure is zero everywhere.
     """
+    of_cells, of_faces = _shares(store.grid.cell_volume), _shares(store.grid.face_area * store.grid.face_distance)
     trajectories = store.trajectories("train")
     states = [(i, t) for i in trajectories for t in range(store.num_snapshots)]
     velocity = pressure = 0.0
     chosen = _spread(len(states), max_snapshots)
     for n in chosen:
         u, p = store.snapshot(*states[n])
-        velocity += u.var(axis=(1, 2, 3), dtype=np.float64).mean()
-        pressure += np.square(p, dtype=np.float64).mean()
-    media = [_moments(store.medium(trajectories[n])) for n in _spread(len(trajectories), max_snapshots)]
+        velocity += np.mean([_variance(component, share) for component, share in zip(u, of_faces, strict=True)])
+        pressure += _moments(p, of_cells)[1]
+    media = [_moments(store.medium(trajectories[n]), of_cells) for n in _spread(len(trajectories), max_snapshots)]
     mean, square = np.mean(media, axis=0)
     variance = float(square - mean**2)
     constant = variance <= 1e-12 * float(square)  # FP32 values, so a smaller relative variance is round-off
@@ -66,6 +68,18 @@ def _spread(count: int, most: int) -> list[int]:
     return [(2 * k + 1) * count // (2 * most) for k in range(most)]
 
 
-def _moments(values: np.ndarray) -> tuple[float, float]:
+def _shares(measure: np.ndarray) -> np.ndarray:
+    """Weights (..., x, y, z) of mean 1; of size 1 along axes on which nothing varies."""
+    return measure / measure.mean((-3, -2, -1), keepdims=True)
+
+
+def _moments(values: np.ndarray, share: np.ndarray) -> tuple[float, float]:
+    """Weighted mean of the values (x, y, z) and of their squares."""
     wide = values.astype(np.float64)
-    return float(wide.mean()), float(np.square(wide).mean())
+    return float((wide * share).mean()), float((np.square(wide) * share).mean())
+
+
+def _variance(values: np.ndarray, share: np.ndarray) -> float:
+    wide = values.astype(np.float64)
+    deviation = wide - (wide * share).mean()
+    return float((np.square(deviation) * share).mean())

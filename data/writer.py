@@ -51,22 +51,27 @@ def write_store(path: str | Path, plan: StorePlan, simulate: Simulate, share: Sh
     """
     path = Path(path)
     if path.exists():
-        _require_same_plan(parse_header(read_attributes(path), str(path)).plan, path, path, plan)
-        return WrittenStore(read_digest(path), 0)
+        return _leave_complete(path, plan)
     partial = partial_folder(path)
     with claim(partial, share, to_plain(plan)) as journal:
+        if path.exists():  # published by another process since this one looked
+            with lock(partial):  # so that nobody is just claiming what is removed
+                shutil.rmtree(partial, ignore_errors=True)
+            return _leave_complete(path, plan)
         _require_same_plan(parse_config(StorePlan, read_plan(partial) or {}, source=str(partial)), partial, path, plan)
         written = journal.intact(share)
         missing = [i for i in range(plan.num_trajectories) if share.holds(i) and i not in written]
-        if path.exists():  # published by another process since this one looked
-            shutil.rmtree(partial, ignore_errors=True)
-            return WrittenStore(read_digest(path), 0)
+        if path.exists():  # or while this one verified
+            return _leave_complete(path, plan)
         if missing:
             num_left = len(set(range(plan.num_trajectories)) - (read_records(partial).keys() - set(missing)))
             _require_space(path, plan.num_bytes * num_left // plan.num_trajectories)
         for index, trajectory in simulate(missing) if missing else ():
             if index not in missing:
-                raise RuntimeError(f"store={path}: trajectory {index} came, asked were {missing}. Mend the solver.")
+                raise RuntimeError(
+                    f"store={path}: the simulator gave trajectory {index}, but was asked for {missing}. "
+                    "Let it yield each index that it is given, once."
+                )
             _require_fit(plan, index, trajectory)
             _require_one_grid(partial, written, trajectory)
             written[index] = _write_trajectory(partial, plan, index, trajectory)
@@ -76,6 +81,12 @@ def write_store(path: str | Path, plan: StorePlan, simulate: Simulate, share: Sh
             raise RuntimeError(f"store={path}: the simulation gave no trajectory {left}. Run it again to continue.")
         digest, others = _complete(path, plan, written)
     return WrittenStore(digest, len(missing), tuple(others))
+
+
+def _leave_complete(path: Path, plan: StorePlan) -> WrittenStore:
+    """What there is to say of a complete store."""
+    _require_same_plan(parse_header(read_attributes(path), str(path)).plan, path, path, plan)
+    return WrittenStore(read_digest(path), 0)
 
 
 def _write_trajectory(partial: Path, plan: StorePlan, index: int, trajectory: Trajectory) -> Record:
@@ -115,6 +126,9 @@ def _require_fit(plan: StorePlan, index: int, trajectory: Trajectory) -> None:
             raise RuntimeError(f"{where}: {name} is not finite. Check the simulation's time step and input.")
     if trajectory.grid.shape != plan.shape:
         raise RuntimeError(f"{where}: its grid is {trajectory.grid.shape}, must be {plan.shape}. Mend its source.")
+    if trajectory.grid.boundary != plan.domain.boundary:
+        found, must = trajectory.grid.boundary, plan.domain.boundary
+        raise RuntimeError(f"{where}: its grid ends in {found}, the domain in {must}. Make the grid with the domain's.")
     if set(trajectory.parameters) != set(plan.domain.parameters):
         found = sorted(trajectory.parameters)
         raise RuntimeError(f"{where}: its parameters are {found}, must be {plan.domain.parameters}. Mend its source.")
@@ -133,20 +147,20 @@ def _require_fit(plan: StorePlan, index: int, trajectory: Trajectory) -> None:
 def _complete(path: Path, plan: StorePlan, written: dict[int, Record]) -> tuple[str, list[int]]:
     """Publish the store if every trajectory is there; returns its digest, or "" and what is missing.
 
-    What this process wrote or verified already is trusted; every byte of the others' is verified here.
+    What this process wrote or verified already is trusted; every byte of the others' is verified here, before the
+    lock is taken: nobody waits for that, and nobody writes a trajectory anew that was found whole.
     """
-    partial = partial_folder(path)
+    partial, indices = partial_folder(path), range(plan.num_trajectories)
+    found = read_records(partial)  # whoever appends the last record sees all
+    missing = [i for i in indices if i not in found]
+    records = {} if missing else {i: written.get(i) or first_intact(partial, found[i]) for i in indices}
+    missing += [i for i, record in records.items() if record is None]
+    if missing:
+        return (read_digest(path), []) if path.exists() else ("", missing)
     with lock(partial) as is_there:
         if not is_there or path.exists():  # another process came first
             return read_digest(path), []
-        found = read_records(partial)
-        if missing := [i for i in range(plan.num_trajectories) if i not in found]:
-            return "", missing
-        records = {i: written.get(i) or first_intact(partial, found[i]) for i in range(plan.num_trajectories)}
-        whole = [record for record in records.values() if record is not None]
-        if len(whole) < len(records):
-            return "", [i for i, record in records.items() if record is None]
-        digest = _finish(partial, plan, whole)
+        digest = _finish(partial, plan, [record for record in records.values() if record is not None])
         publish(partial, path)
     remove_journals(path)
     return digest, []

@@ -14,8 +14,9 @@ may be killed and started again; whichever completes a store verifies every dige
 
 import multiprocessing
 import os
+import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,7 +64,6 @@ def main(arguments: list[str]) -> None:
     if config.num_processes < 1:
         raise ConfigError(f"num_processes={config.num_processes}: must be at least 1. Raise it.")
     import torch
-    from tqdm import tqdm
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: this machine has none that PyTorch can use. Set device=cpu.")
@@ -72,9 +72,26 @@ def main(arguments: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     lock = (context.RLock(),)  # shared, so that the bars of several processes do not write over each other
     with ProcessPoolExecutor(config.num_processes, context, initializer=_start_worker, initargs=lock) as pool:
-        jobs = [pool.submit(_generate, s, config, source, line) for line, (s, source) in enumerate(sources.items())]
-        for job in as_completed(jobs):
-            tqdm.write(job.result())
+        jobs: dict[Future[str], Section] = {
+            pool.submit(_generate, s, config, source, k): s for k, (s, source) in enumerate(sources.items())
+        }
+        failures = {jobs[job]: error for job in as_completed(jobs) if (error := _report(job, jobs[job]))}
+    if failures:
+        names = ", ".join(failures)
+        said = f"{len(failures)} of {len(jobs)} domains failed ({names}), see above. The same command continues them."
+        raise RuntimeError(said) from next(iter(failures.values()))
+
+
+def _report(job: Future[str], section: Section) -> BaseException | None:
+    """Print what a domain came to as soon as it is known, while others go on; returns why it failed."""
+    from tqdm import tqdm
+
+    error = job.exception()
+    if error is None:
+        tqdm.write(job.result())
+    else:
+        tqdm.write(f"error: {section}: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr)
+    return error
 
 
 def _start_worker(lock: Any) -> None:

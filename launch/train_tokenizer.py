@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
             tokens_per_step=config.engine.batch_size * config.engine.accumulation * cells // 8**3,
         )
         if group.rank == 0:
-            measure_latents(engine.module, [mixture.batch(step) for step in range(12 * len(stores))], group.device)
+            measure_latents(engine.module, mixture.first(12 * len(stores)), group.device)
             scales = {s.domain.name: to_plain(scale) for s, scale in zip(stores, statistics, strict=True)}
             domains = {store.domain.name: store.domain for store in stores}
             digest = save_tokenizer(config.run / "tokenizer.safetensors", engine.module, domains, scales)

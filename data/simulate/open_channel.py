@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.layout import Trajectory
-from data.simulate.channel_flow import Channel, Stencil, Top, advance, refine, solve_pressure
+from data.simulate.channel_flow import Channel, Stencil, Top, advance, courant_rate, refine, solve_pressure
 from data.simulate.forecast import Forecast, interpolate_cost
+from data.simulate.momentum import STABLE_COURANT
 from shodh.fields import DomainSpec, FieldSpec, Grid
 from shodh.physics.exterior import curl_of_edges
 from shodh.physics.helmholtz import remove_divergence
@@ -178,7 +179,7 @@ def _simulate_batch(
         num_steps = _count_steps(config, march.grid, march.duration)
         channel = Channel(march.grid, viscosity, top=config.top, stencil=config.stencil)
         now = advance(now, channel, march.duration / num_steps, num_steps)
-        _require_finite(now, indices, time)
+        require_stable(now, channel, march.duration / num_steps, indices, time)
         progress(num_steps * len(indices))
         return now
 
@@ -215,13 +216,26 @@ def _batch_size(config: OpenChannelConfig, device: str) -> int:
     return max(1, cells // config.resolution**3)
 
 
-def _require_finite(velocity: Tensor, indices: Sequence[int], time: float) -> None:
-    finite = torch.isfinite(velocity).flatten(1).all(1).tolist()
-    for index, sound in zip(indices, finite, strict=True):
-        if not sound:
+def require_stable(
+    velocity: Float[Tensor, "b 3 x y z"], channel: Channel, dt: float, indices: Sequence[int], time: float
+) -> None:
+    """Raise RuntimeError naming the first trajectory that blew up, or is faster than its time step is stable for."""
+    limit = STABLE_COURANT / _largest_eigenvalues(channel.stencil)[0]
+    for index, flow in zip(indices, velocity.split(1), strict=True):
+        where = f"open_channel trajectory {index}"
+        if not torch.isfinite(flow).all():
+            raise RuntimeError(f"{where}: blew up by t = {time:g} (spin-up is t < 0). Lower friction_reynolds.")
+        number = courant_rate(flow, channel) * dt
+        if number > limit:
             raise RuntimeError(
-                f"open_channel trajectory {index}: blew up by t = {time:g} (spin-up is t < 0). Lower friction_reynolds."
+                f"{where}: Courant number {number:.3g} at t = {time:g} (spin-up is t < 0) exceeds {limit:.3g}. "
+                "Lower friction_reynolds."
             )
+
+
+def _largest_eigenvalues(stencil: Stencil) -> tuple[float, float]:
+    """Of advection, (9 + 1/3) / 8 for the wide stencil, and of friction, over those of the narrow one."""
+    return (7 / 6, 4 / 3) if stencil == "wide" else (1.0, 1.0)
 
 
 def _waves(n: int) -> Float[np.ndarray, "k n"]:
@@ -260,14 +274,13 @@ def _count_steps(config: OpenChannelConfig, grid: Grid, duration: float) -> int:
 
     The Courant number sum |u_i| dt / h_i may reach sqrt(3), the diffusion number 4 viscosity dt sum 1 / h_i^2 may reach
     2.5 (limits of third-order Runge-Kutta on the imaginary and the negative real axis). The count does not look at the
-    flow, so that a trajectory does not depend on those it is batched with. The wide stencil's largest eigenvalues are
-    7/6 (advection: (9 + 1/3) / 8 of the narrow one's) and 4/3 times those.
+    flow, so that a trajectory does not depend on those it is batched with; ``require_stable`` does.
     """
-    advection, friction = (7 / 6, 4 / 3) if config.stencil == "wide" else (1.0, 1.0)
+    advection, friction = _largest_eigenvalues(config.stencil)
     hx, hz, widths = config.length / grid.shape[0], config.width / grid.shape[2], grid.widths(1)
     wall = wall_distance(grid, config.top) * config.friction_reynolds[1]
     v_rate = float(np.max(_PEAK_SPEED[1] * np.minimum(1, wall / _CALM_LAYER) / widths))
-    courant_rate = (_PEAK_SPEED[0] / hx + v_rate + _PEAK_SPEED[2] / hz) * advection / _COURANT
+    advection_rate = (_PEAK_SPEED[0] / hx + v_rate + _PEAK_SPEED[2] / hz) * advection / _COURANT
     diffusion = 4 * friction * (1 / hx**2 + 1 / hz**2) + 4 / widths.min() ** 2
     diffusion_rate = diffusion / config.friction_reynolds[0] / 2
-    return math.ceil(duration * max(courant_rate, diffusion_rate))
+    return math.ceil(duration * max(advection_rate, diffusion_rate))

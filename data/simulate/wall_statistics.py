@@ -6,7 +6,6 @@ A velocity on the grid is the mean over its face (that is what conserves mass); 
 which the faces' extent along x and z would hide by h^2 / 12 of the squared gradients: a tenth of vv at 9 wall units.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -125,17 +124,3 @@ def fold(profiles: WallProfiles) -> WallProfiles:
         viscous_stress=half(profiles.viscous_stress, -1),
         bulk_velocity=profiles.bulk_velocity,
     )
-
-
-def save_statistics(statistics: WallStatistics, path: Path) -> None:
-    """Write the sums as one .npz file."""
-    np.savez(path, **statistics._asdict())
-
-
-def load_statistics(path: Path) -> WallStatistics:
-    """What ``save_statistics`` wrote; ValueError if the file holds something else."""
-    with np.load(path) as file:
-        missing = set(WallStatistics._fields) - set(file.files)
-        if missing:
-            raise ValueError(f"{path}: no wall statistics, lacks {sorted(missing)}. Give a file of save_statistics.")
-        return WallStatistics(int(file["num_samples"]), file["velocity"], file["square"], file["shear"])

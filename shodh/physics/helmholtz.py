@@ -24,7 +24,7 @@ class Potentials(NamedTuple):
 
     circulation: Float[Tensor, "b 3 x y z"]  # vector potential along edges
     scalar: Float[Tensor, "b x y z"]  # potential in cells
-    mean_flow: Float[Tensor, "b 3"]  # constant flux per face and axis (harmonic part)
+    mean_flow: Float[Tensor, "b 3"]  # constant flux per face and axis (harmonic part); none across walls
 
 
 def compose_velocity(
@@ -33,8 +33,8 @@ def compose_velocity(
     """The velocity on lower faces that the potentials stand for, in lattice units; no flux through walls."""
     if space == "irrotational":
         return gradient_of_cells(potentials.scalar, boundary)
-    periodic = torch.tensor([b == "periodic" for b in boundary], device=potentials.mean_flow.device)
-    mean_flow = torch.where(periodic, potentials.mean_flow, 0.0)
+    passable = torch.tensor([b != "wall" for b in boundary], device=potentials.mean_flow.device)
+    mean_flow = torch.where(passable, potentials.mean_flow, 0.0)
     flux = curl_of_edges(potentials.circulation, boundary) + rearrange(mean_flow, "b f -> b f 1 1 1")
     return flux if space == "solenoidal" else flux + gradient_of_cells(potentials.scalar, boundary)
 

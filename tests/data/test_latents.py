@@ -1,5 +1,6 @@
 """A cache of latents holds what the encoder gave, names whose it is, and is refused when it is stale."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import torch
 import xarray
 
 from data.chunks import StoreError
+from data.journal import Share
 from data.latents import BATCH_SIZE, open_latents, write_latents
 from data.layout import main
+from data.reader import open_store
+from data.writer import write_store
 from shodh.config import ConfigError
 
 
@@ -132,3 +136,34 @@ def test_an_encoder_that_fails_leaves_the_old_cache(stores, channel, tmp_path):
     with pytest.raises(RuntimeError, match="trajectory 0: not finite"):
         write_latents(tmp_path / "latents", channel, diverged, "abd")
     assert open_latents(tmp_path / "latents").header.tokenizer_hash == "abc"
+
+
+def test_what_is_no_cache_of_latents_is_never_replaced(stores, channel, tmp_path):
+    before, digest = sorted(channel.path.rglob("*")), channel.digest
+    with pytest.raises(ConfigError, match="a store of fields stands there. Choose another folder"):
+        write_latents(channel.path, channel, stores.encode, "abc")
+    assert sorted(channel.path.rglob("*")) == before and open_store(channel.path).digest == digest
+    notes = tmp_path / "thesis/chapter.tex"
+    notes.parent.mkdir()
+    notes.write_text("years of work")
+    with pytest.raises(ConfigError, match="something that is no cache of latents stands there"):
+        write_latents(notes.parent, channel, stores.encode, "abc")
+    assert notes.read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["channel", "thesis"]
+
+
+def test_a_store_half_written_beside_the_cache_is_never_replaced(stores, channel, tmp_path):
+    plan = stores.plan("channel")
+    write_store(tmp_path / "fields", plan, stores.simulate(plan), Share(0, 2))
+    before = sorted((tmp_path / "fields.partial").rglob("*"))
+    with pytest.raises(ConfigError, match=r"fields\.partial is a store half written. Choose another folder"):
+        write_latents(tmp_path / "fields", channel, stores.encode, "abc")
+    assert sorted((tmp_path / "fields.partial").rglob("*")) == before
+
+
+def test_replacing_a_cache_leaves_the_users_copies_of_it(stores, channel, tmp_path):
+    write_latents(tmp_path / "latents", channel, stores.encode, "abc")
+    shutil.copytree(tmp_path / "latents", tmp_path / "latents.old")
+    write_latents(tmp_path / "latents", channel, stores.encode, "abd")
+    assert open_latents(tmp_path / "latents.old").header.tokenizer_hash == "abc"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["channel", "latents", "latents.old"]

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray
 import zarr
 
-from data.chunks import read_chunk, write_chunk
+from data.chunks import ArrayLayout, write_chunk
 from data.digests import seal
 from data.layout import MAX_DEFECT, StoreHeader, check, field_arrays, main, measure_defect, split_trajectories
 from data.reader import open_store
@@ -124,6 +126,10 @@ SHALLOW_DAMAGE = {
         _edit_json("zarr.json", lambda node: node["attributes"].update(layout_version=0)),
         "layout version 0, not 2",
     ),
+    "other boundary": (
+        _edit_json("zarr.json", lambda node: node["attributes"]["grid"].update(boundary=["periodic"] * 3)),
+        "its grid ends in ('periodic', 'periodic', 'periodic'), its domain in ('periodic', 'wall', 'periodic')",
+    ),
     "header cut": (_edit_json("zarr.json", lambda node: node["attributes"].pop("domain")), "domain: missing"),
     "header altered": (
         lambda path: (path / "zarr.json").write_text(
@@ -158,17 +164,23 @@ def test_a_flipped_bit_is_found_by_the_deep_check_alone(channel, capsys):
     assert main([str(channel.path)]) == 1
 
 
+def _read_chunk(path: Path, array: ArrayLayout, index: Sequence[int]) -> np.ndarray:
+    """One whole chunk as zarr reads it."""
+    place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, array.chunk, strict=True))
+    return np.array(zarr.open_array(path / array.name, mode="r")[place])
+
+
 def _rewrite(store, name, trajectory, change):
     """Change a trajectory's values and seal again, as a faulty writer would."""
     arrays = field_arrays(StoreHeader(store.plan, store.grid))
     index = (trajectory, *(0,) * (len(arrays[name].shape) - 1))
-    values = read_chunk(store.path, arrays[name], index)
+    values = _read_chunk(store.path, arrays[name], index)
     change(values[0])
     write_chunk(store.path, arrays[name], index, values)
     chunks = {}
     for array in arrays.values():
         for place in array.chunk_indices():
-            chunks |= write_chunk(store.path, array, place, read_chunk(store.path, array, place))
+            chunks |= write_chunk(store.path, array, place, _read_chunk(store.path, array, place))
     seal(store.path, chunks)
 
 

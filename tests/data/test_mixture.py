@@ -70,6 +70,14 @@ def test_ranks_share_one_global_batch(make_mixture, latents):
         fields.batch(0, rank=0, world=4)
 
 
+def test_first_batches_hold_every_domain_even_where_a_step_holds_each_once(make_mixture):
+    """Statistics of the latents are measured on these: with micro step 0 alone they would be of one domain."""
+    mixture = make_mixture(accumulation=2)
+    names = [batch.domain.name for batch in mixture.first(8)]
+    assert sorted(names) == sorted([mixture.stores[0].domain.name, mixture.stores[1].domain.name] * 4)
+    assert len({mixture.batch(step).domain.name for step in range(8)}) == 1
+
+
 def test_equal_weights_take_turns_over_micro_steps(make_mixture):
     mixture = make_mixture(accumulation=3)
     visited = [mixture.batch(step, micro).domain.name for step in range(4) for micro in range(3)]

@@ -14,7 +14,7 @@ from data.layout import check
 from data.reader import open_store
 from data.writer import write_store
 from shodh.config import ConfigError
-from shodh.fields import PARAMETERS
+from shodh.fields import PARAMETERS, Grid
 
 
 def test_velocity_is_flux_over_face_area_or_circulation_over_spacing(stores, channel, sound):
@@ -227,6 +227,11 @@ def _spoil(trajectory, kind):
         velocity = velocity.astype(np.float64)
     elif kind == "divergence":
         velocity[1, 0, 1, 1, 1] += 1e-3
+    elif kind == "its grid ends in":
+        grid = Grid(
+            shape=trajectory.grid.shape, spacing=trajectory.grid.spacing, boundary=("periodic", "periodic", "periodic")
+        )
+        return trajectory._replace(grid=grid)
     elif kind == "its scalars are":
         return trajectory._replace(scalars={"temperature": trajectory.pressure})
     else:
@@ -235,7 +240,8 @@ def _spoil(trajectory, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["not finite", "must be float32", "divergence", "its parameters are", "its scalars are"]
+    "kind",
+    ["not finite", "must be float32", "divergence", "its grid ends in", "its parameters are", "its scalars are"],
 )
 def test_a_trajectory_that_breaks_the_layout_is_refused_by_name(kind, stores, tmp_path):
     plan = stores.plan("channel")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data import journal, writer
 from data.chunks import StoreError
 from data.journal import Share, parse_share, read_records
 from data.layout import check
@@ -167,3 +168,42 @@ def test_a_store_of_thousands_of_files_opens_within_a_second(stores, tmp_path):
         open_store(store.path)
     with pytest.raises(StoreError):
         store.snapshot(567, 0)
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "while it waits for the lock", "while it verifies"])
+def test_a_share_started_again_while_another_completes_the_store_finds_it_complete(
+    moment, stores, tmp_path, monkeypatch
+):
+    _write(stores, tmp_path / "a", Share(0, 2))
+    place, name = {
+        "before the lock": (journal, "lock"),
+        "while it waits for the lock": (journal.fcntl, "flock"),
+        "while it verifies": (journal, "first_intact"),
+    }[moment]
+    original, digests = getattr(place, name), []
+
+    def publish_first(*arguments):
+        monkeypatch.undo()
+        digests.append(_write(stores, tmp_path / "a", Share(1, 2)).digest)
+        return original(*arguments)
+
+    monkeypatch.setattr(place, name, publish_first)
+    assert _write(stores, tmp_path / "a", Share(0, 2)) == (digests[0], 0, ())
+    assert digests[0] and check(tmp_path / "a") == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_two_shares_that_verify_at_the_same_time_publish_once(stores, tmp_path, monkeypatch):
+    _write(stores, tmp_path / "a", Share(0, 3))
+    _write(stores, tmp_path / "a", Share(1, 3))
+    original, digests = writer.first_intact, []
+
+    def complete_first(folder, records):
+        monkeypatch.undo()
+        digests.append(_write(stores, tmp_path / "a", Share(0, 3)).digest)  # sees all that the other has written
+        return original(folder, records)
+
+    monkeypatch.setattr(writer, "first_intact", complete_first)
+    assert _write(stores, tmp_path / "a", Share(2, 3)).digest == digests[0]
+    assert check(tmp_path / "a") == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]

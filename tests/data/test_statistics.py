@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from data.reader import open_store
-from data.statistics import FieldStatistics, measure_statistics
+from data.statistics import FieldStatistics, _moments, _shares, measure_statistics
 from data.writer import write_store
 from shodh.config import parse_config
+from shodh.fields import Grid
 
 
 def _train_states(store):
@@ -24,6 +25,18 @@ def test_scales_are_those_of_the_training_split(channel):
     assert statistics.pressure_scale == pytest.approx(np.sqrt(np.mean(pressure**2)), rel=1e-12)
     assert statistics.medium_mean == pytest.approx(medium.mean(), rel=1e-12)
     assert statistics.medium_scale == pytest.approx(medium.std(), rel=1e-9)
+
+
+def test_means_are_over_the_volume_whatever_the_widths_of_the_cells():
+    """A quadratic over a stretched axis: shares of the volume give its integrals, plain means do not."""
+    widths = tuple(0.01 * 1.1**k for k in range(24))
+    grid = Grid(shape=(2, 24, 2), spacing=(1.0, widths, 1.0), boundary=("periodic", "wall", "periodic"))
+    height = np.cumsum(widths) / sum(widths)  # upper ends of cells; means over cells of y^2 are exact
+    lower = np.concatenate([[0.0], height[:-1]])
+    cell_means = ((height**3 - lower**3) / 3 / (height - lower))[:, None]
+    mean, _ = _moments(np.broadcast_to(cell_means, grid.shape), _shares(grid.cell_volume))
+    assert mean == pytest.approx(1 / 3, rel=1e-12)
+    assert abs(cell_means.mean() - 1 / 3) > 0.05
 
 
 def test_the_test_split_has_no_influence(stores, tmp_path):

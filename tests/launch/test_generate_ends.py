@@ -42,6 +42,7 @@ def test_workers_end_when_the_parent_is_ended(end, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w") as said:
         parent = subprocess.Popen([*call, *endless], cwd=ROOT, env=environment, stdout=said, stderr=said)
+    children: set[int] = set()
     try:
         deadline = time.monotonic() + PATIENCE
         while not any(tmp_path.rglob("*.json")) and time.monotonic() < deadline:
@@ -54,4 +55,8 @@ def test_workers_end_when_the_parent_is_ended(end, tmp_path):
             time.sleep(0.05)
         assert not any(map(is_running, children))
     finally:
+        for child in children | children_of(parent.pid):  # those found before and since
+            if is_running(child):
+                os.kill(child, signal.SIGKILL)
         parent.kill()
+        parent.wait()

@@ -17,6 +17,7 @@ from data.simulate.open_channel import (
     OpenChannelConfig,
     forecast,
     make_initial_velocity,
+    require_stable,
     simulate,
     total_work,
 )
@@ -171,6 +172,17 @@ def test_blow_up_names_the_trajectory_and_the_time() -> None:
     config = OpenChannelConfig(resolution=16, friction_reynolds=(1e30, 1e30))  # far faster than time steps allow for
     with pytest.raises(RuntimeError, match=r"trajectory 5: blew up by t = -9"):
         next(simulate(config, [5]))
+
+
+@pytest.mark.parametrize(("stencil", "limit"), [("narrow", math.sqrt(3)), ("wide", math.sqrt(3) * 6 / 7)])
+def test_a_flow_too_fast_for_its_time_step_is_refused_by_name(stencil, limit) -> None:
+    grid = make_grid(8, 8, 8)
+    channel = Channel(grid, torch.ones(2), stencil=stencil)
+    velocity = torch.zeros(2, 3, 8, 8, 8)
+    velocity[1, 0, 3, 4, 5] = grid.mean_spacing[0]  # dt is the Courant number
+    require_stable(velocity, channel, 0.999 * limit, [3, 7], -2.0)
+    with pytest.raises(RuntimeError, match=rf"trajectory 7: Courant number .* at t = -2 .* exceeds {limit:.3g}\."):
+        require_stable(velocity, channel, 1.001 * limit, [3, 7], -2.0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Statistics collected on the fly against snapshots and against the momentum balance that the solver obeys."""
 
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +14,8 @@ from data.simulate.wall_statistics import (
     advance_and_measure,
     compute_profiles,
     fold,
-    load_statistics,
     measure,
     merge,
-    save_statistics,
 )
 from shodh.physics.helmholtz import remove_divergence
 
@@ -116,17 +113,6 @@ def test_folding_joins_a_profile_with_its_mirror_image(cells: int) -> None:
     assert one.cell_height.max() <= 1 + 1e-12 and one.face_height.max() <= 1 + 1e-12
     for ours, reference in zip(one, other, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-12)
-
-
-def test_saved_statistics_are_read_back_and_other_files_refused(tmp_path: Path) -> None:
-    velocity, channel = make_flow("wall")
-    statistics = measure(velocity, channel)
-    save_statistics(statistics, tmp_path / "statistics.npz")
-    for ours, reference in zip(load_statistics(tmp_path / "statistics.npz"), statistics, strict=True):
-        np.testing.assert_array_equal(ours, reference)
-    np.savez(tmp_path / "other.npz", velocity=np.zeros(3))
-    with pytest.raises(ValueError, match=r"other\.npz: no wall statistics"):
-        load_statistics(tmp_path / "other.npz")
 
 
 def test_variances_are_those_of_point_values_up_to_fourth_order() -> None:
