@@ -60,7 +60,7 @@ def test_files_kept_open_are_let_go_when_there_are_too_many(reader, tmp_path, fe
 def test_all_readers_together_keep_few_files_open(reader, tmp_path, monkeypatch):
     gc.collect()
     kept_by_others = sum(len(other._open) for other in chunks._readers)
-    monkeypatch.setattr(chunks, "MOST_OPEN_IN_ALL", kept_by_others + 2)
+    monkeypatch.setattr(chunks, "MOST_OPEN", kept_by_others + 2)
     for i in range(NUM_FILES):
         reader.read(i)
     assert _count_open(tmp_path) == 2
