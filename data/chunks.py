@@ -130,7 +130,8 @@ class ArrayReader:
         self.array = array
         names = [array.chunk_file(index) for index in array.chunk_indices()]
         self._files = [f"{folder}/{name}" for name in names]
-        self._stride = array.inner_bytes + CHECKSUM_BYTES
+        self._num_bytes, self._dtype = array.inner_bytes, np.dtype(array.dtype)  # asked for at every read
+        self._stride = self._num_bytes + CHECKSUM_BYTES
         try:
             self._hashes = [bytes.fromhex(digests[name].inner) for name in names]
         except (KeyError, ValueError):
@@ -151,7 +152,7 @@ class ArrayReader:
 
         Raises StoreError for a file that is missing, short or altered; ``out`` is then undefined.
         """
-        assert out.nbytes == self.array.inner_bytes and out.dtype == self.array.dtype and out.flags.c_contiguous
+        assert out.nbytes == self._num_bytes and out.dtype == self._dtype and out.flags.c_contiguous
         try:
             file = self._open.get(chunk) or self._open_file(chunk)
             found = _fill(file.descriptor, out, inner * self._stride, factors)
@@ -240,20 +241,23 @@ def array_codecs(array: ArrayLayout) -> list[dict[str, Any]]:
 
 def _read_exactly(descriptor: int, out: np.ndarray, offset: int) -> None:
     """Fill ``out``; one call returns at most 2 GB on Linux, and less at will on a network file system."""
-    rest = out.data.cast("B")
-    while rest:
+    count = os.preadv(descriptor, [out.data], offset)
+    if count == out.nbytes:
+        return
+    rest = out.data.cast("B")[count:]
+    while rest and count:
+        offset += count
         count = os.preadv(descriptor, [rest], offset)
-        if count == 0:
-            raise OSError("truncated")
-        rest, offset = rest[count:], offset + count
+        rest = rest[count:]
+    if rest:
+        raise OSError("truncated")
 
 
 def _fill(descriptor: int, out: np.ndarray, offset: int, factors: Sequence[Factor]) -> bytes:
     """The hash of what was read into ``out``, as many equal parts of which as there are factors were multiplied."""
-    if all(factor is None for factor in factors):
-        flat = out.reshape(-1)
-        _read_exactly(descriptor, flat, offset)
-        return xxhash.xxh3_64_digest(flat.data)
+    if factors == (None,):
+        _read_exactly(descriptor, out, offset)
+        return xxhash.xxh3_64_digest(out.data)
     found = xxhash.xxh3_64()
     for rows, factor in zip(out.reshape(len(factors), -1, *out.shape[-2:]), factors, strict=True):
         _fill_rows(descriptor, rows, offset, found, factor)

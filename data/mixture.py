@@ -98,8 +98,13 @@ class FieldMixture:
         trajectory, time = states[_shuffled(position, len(states), (self.config.seed, domain))]
         slot, scales = (velocity.numpy(), pressure[0].numpy()), (scale.velocity_scale, scale.pressure_scale)
         self._cache.fill((domain, trajectory, time), slot, lambda: store.read_snapshot(trajectory, time, *slot, scales))
-        (still,) = self._media.get((domain, trajectory), lambda: (scale.normalise_medium(store.medium(trajectory)),))
-        medium.copy_(torch.from_numpy(still))
+
+        def read_medium() -> None:
+            store.read_medium(trajectory, still)
+            scale.normalise_medium(still)
+
+        still = medium[0].numpy()
+        self._media.fill((domain, trajectory), (still,), read_medium)
         if self.config.augment:
             shifts = _random_shifts(store, (self.config.seed, domain, 1, position))
             for field in (velocity, pressure, medium):

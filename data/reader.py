@@ -87,7 +87,7 @@ class Store:
         of_velocity, of_pressure = (np.float32(1 / scale) for scale in scales)
         factors: list[Factor] = [f * of_velocity for f in self._to_velocity if f is not None]
         self._velocity.fill(velocity, trajectory, time, factors)
-        self._pressure.fill(pressure, trajectory, time, [None if of_pressure == 1 else of_pressure])
+        self._pressure.fill(pressure, trajectory, time, (None if of_pressure == 1 else of_pressure,))
 
     def read_stored(self, trajectory: int, time: int, velocity: np.ndarray, pressure: np.ndarray) -> None:
         """Like ``read_snapshot``, but flux or circulation as stored: the fastest, for who multiplies anyway."""
@@ -110,8 +110,14 @@ class Store:
 
     def medium(self, trajectory: int) -> np.ndarray:
         """The static medium (x, y, z), float32, in the domain's units."""
+        values = np.empty(self.grid.shape, np.float32)
+        self.read_medium(trajectory, values)
+        return values
+
+    def read_medium(self, trajectory: int, medium: np.ndarray) -> None:
+        """``medium`` into a contiguous array of the caller; undefined when it raises."""
         self._require(trajectory)
-        return self._medium.read(trajectory)[0]
+        self._medium.fill(medium, trajectory)
 
     def _require(self, trajectory: int, time: int = 0) -> None:
         require_index(self.path, trajectory, time, (self.num_trajectories, self.num_snapshots))

@@ -27,9 +27,10 @@ class FieldStatistics:
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value}: must be positive and finite. Is the field zero everywhere?")
 
-    def normalise_medium(self, medium: np.ndarray) -> np.ndarray:
-        """(medium - mean) / scale in float32."""
-        return (medium - np.float32(self.medium_mean)) / np.float32(self.medium_scale)
+    def normalise_medium(self, medium: np.ndarray) -> None:
+        """(medium - mean) / scale, in place."""
+        medium -= np.float32(self.medium_mean)
+        medium /= np.float32(self.medium_scale)
 
 
 def measure_statistics(store: Store, max_snapshots: int = 512) -> FieldStatistics:
