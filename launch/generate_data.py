@@ -76,6 +76,8 @@ def main(arguments: list[str]) -> None:
             pool.submit(_generate, s, config, source, k): s for k, (s, source) in enumerate(sources.items())
         }
         failures = {jobs[job]: error for job in as_completed(jobs) if (error := _report(job, jobs[job]))}
+    if len(failures) == 1:
+        sys.exit(1)  # its one line was said when it failed
     if failures:
         names = ", ".join(failures)
         said = f"{len(failures)} of {len(jobs)} domains failed ({names}), see above. The same command continues them."

@@ -27,5 +27,5 @@ def test_a_domain_that_fails_is_told_before_the_others_finish(tmp_path):
     assert done.returncode == 1
     failed = done.stdout.index("error: open_channel: open_channel trajectory 0: blew up by t = -9")
     finished = done.stdout.index("fwi: 2 trajectories added")
-    assert failed < finished < done.stdout.index("error: 1 of 2 domains failed (open_channel), see above.")
+    assert failed < finished and done.stdout.count("error:") == 1
     assert check(tmp_path / "stores/fwi") == []
