@@ -23,6 +23,7 @@ from torch import Tensor
 from data.layout import Trajectory
 from data.simulate.forecast import Forecast, interpolate_cost
 from data.simulate.momentum import (
+    March,
     add_velocity_ghosts,
     advance,
     count_steps,
@@ -112,13 +113,6 @@ class Layer(NamedTuple):
     grid: Grid
     viscosity: Float[Tensor, "b"]
     diffusivity: Float[Tensor, "b"]
-
-
-class March(NamedTuple):
-    """A stretch of spin-up on one grid."""
-
-    grid: Grid
-    duration: float
 
 
 def simulate(

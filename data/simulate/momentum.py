@@ -8,6 +8,7 @@ method, every stage projected exactly (Shu and Osher, J. Comput. Phys. 77, 1988,
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,13 @@ from shodh.fields import Boundary, Grid
 from shodh.physics.helmholtz import divergence_of_velocity, remove_divergence, solve_poisson
 
 STABLE_COURANT = math.sqrt(3)  # dt sum |u_i| / h_i, of third-order Runge-Kutta on the imaginary axis
+
+
+class March(NamedTuple):
+    """A stretch of time on one grid."""
+
+    grid: Grid
+    duration: float
 
 
 def momentum_tendency(

@@ -9,7 +9,6 @@ along the flow (x) and across it (z). Solver: ``data.simulate.channel_flow``.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from data.layout import Trajectory
 from data.simulate.channel_flow import Channel, Stencil, Top, advance, courant_rate, refine, solve_pressure
 from data.simulate.forecast import Forecast, interpolate_cost
-from data.simulate.momentum import STABLE_COURANT
+from data.simulate.momentum import STABLE_COURANT, March
 from shodh.fields import DomainSpec, FieldSpec, Grid
 from shodh.physics.exterior import curl_of_edges
 from shodh.physics.helmholtz import remove_divergence
@@ -73,13 +72,6 @@ class OpenChannelConfig:
         span = self.friction_reynolds
         if not 0 < span[0] <= span[1] < math.inf:
             raise ValueError(f"friction_reynolds={span}: not a range. Write [low, high] with 0 < low <= high.")
-
-
-class March(NamedTuple):
-    """A stretch of spin-up on one grid."""
-
-    grid: Grid
-    duration: float
 
 
 def simulate(
