@@ -1,9 +1,9 @@
 """Checkpoints that are either complete or absent, in logical parameter space.
 
-A checkpoint is a folder ``step-N`` with ``state.safetensors`` (full FP32 parameters, Adam moments and buffers by name),
-``run.json``, the resolved ``config.yaml`` that restarts the run, and a manifest of SHA-256 digests. It is written as
-``step-N.tmp``, synced, then renamed. Nothing is pickled. Because names are logical, the number of ranks and the ZeRO
-stage may change on resume.
+A checkpoint is a folder ``step-N`` with ``state.safetensors`` (full FP32 parameters, buffers and optimizer moments by
+name: two for AdamW, one for Muon), ``run.json``, the resolved ``config.yaml`` that restarts the run, and a manifest of
+SHA-256 digests. It is written as ``step-N.tmp``, synced, then renamed. Nothing is pickled. Because names are logical,
+the number of ranks and the ZeRO stage may change on resume.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shodh.config import ConfigError, dump_config
-from shodh.training.engine import MOMENTS, plain_optimizer
+from shodh.training.engine import moment_names, plain_optimizer
 from shodh.training.loop import StepRecord
 
 MANIFEST = "manifest.json"
@@ -33,14 +33,15 @@ class CheckpointError(ConfigError):
 
 
 def collect_state(engine: Any) -> dict[str, Tensor]:
-    """Full FP32 parameters, moments, buffers and the optimizer's step count by logical name; collective over ranks."""
+    """Full FP32 parameters, moments, buffers and AdamW's step count by logical name; collective over ranks."""
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         for key, value in _full_tensors(engine, parameter).items():
             state[f"{key}/{name}"] = value.detach().float().cpu().contiguous().clone()
     for name, buffer in engine.module.named_buffers():
         state[f"buffer/{name}"] = buffer.detach().cpu().contiguous().clone()
-    state["optimizer/step"] = torch.tensor(max(int(m["step"]) for m in plain_optimizer(engine).state.values()))
+    counts = [int(moments["step"]) for moments in plain_optimizer(engine).state.values() if "step" in moments]
+    state["optimizer/step"] = torch.tensor(max(counts, default=0))  # Muon counts no steps
     return state
 
 
@@ -62,7 +63,7 @@ def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
             value = find(f"parameter/{name}", parameter)
             parameter.copy_(value)
             safe_set_full_fp32_param(parameter, value)
-            for moment in MOMENTS:
+            for moment in moment_names(engine, parameter):
                 value = find(f"{moment}/{name}", parameter)
                 if hasattr(parameter, "_hp_mapping"):
                     safe_set_full_optimizer_state(parameter, value, moment)
@@ -71,7 +72,8 @@ def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(find(f"buffer/{name}", buffer))
         for moments in optimizer.state.values():
-            moments["step"].fill_(float(state["optimizer/step"]))
+            if "step" in moments:
+                moments["step"].fill_(float(state["optimizer/step"]))
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Tensor], run: dict[str, Any], keep: int = 2) -> Path:
@@ -203,10 +205,10 @@ def _full_tensors(engine: Any, parameter: nn.Parameter) -> Mapping[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if not hasattr(parameter, "_hp_mapping"):
-        moments = plain_optimizer(engine).state[parameter]
-        return {"parameter": parameter} | {moment: moments[moment] for moment in MOMENTS}
+        moments = plain_optimizer(engine).state.get(parameter, {})
+        return {"parameter": parameter} | {moment: moments[moment] for moment in moment_names(engine, parameter)}
     tensors: dict[str, Any] = {"parameter": safe_get_full_fp32_param(parameter)}
-    for moment in MOMENTS:
+    for moment in moment_names(engine, parameter):
         tensors[moment] = safe_get_full_optimizer_state(parameter, moment)
     return tensors
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from shodh.config import ConfigError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from shodh.training.optimizers import ADAMW_MOMENTS, OptimizerName, build_optimizer, create_moments
 
 # What EngineConfig's own fields decide in DeepSpeed's JSON.
 OWNED_KEYS = {
@@ -34,6 +33,7 @@ class EngineConfig:
     batch_size: int  # samples per micro-step over all ranks
     accumulation: int = 1  # micro-steps per optimizer step
     zero_stage: Literal[0, 1, 2] = 1
+    optimizer: OptimizerName = "adamw"  # muon: for the matrices, AdamW for the rest; needs zero_stage 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     gradient_clipping: float = 1.0
     weight_decay: float = 0.01
@@ -49,6 +49,11 @@ class EngineConfig:
             raise ValueError(
                 f"gradient_clipping={self.gradient_clipping}, weight_decay={self.weight_decay}: "
                 "must not be negative. Use 0 to switch one off."
+            )
+        if self.optimizer == "muon" and self.zero_stage > 0:
+            raise ValueError(
+                f"zero_stage={self.zero_stage}: ZeRO 1 and 2 flatten the matrices that optimizer=muon needs whole. "
+                "Set zero_stage=0, or optimizer=adamw."
             )
         owned = sorted(self.extra.keys() & OWNED_KEYS)
         if owned:
@@ -96,9 +101,9 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
 
 
 def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -> Any:
-    """A DeepSpeed engine around ``model`` with a torch AdamW; weights are broadcast from rank 0.
+    """A DeepSpeed engine around ``model`` with a torch optimizer; weights are broadcast from rank 0.
 
-    Raises ConfigError where the ranks do not divide the batch.
+    Raises ConfigError where the ranks do not divide the batch, or Muon finds no matrix.
     """
     import deepspeed
 
@@ -118,7 +123,7 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
         **config.extra,
     }
     model = model.to(device)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=0.0, betas=config.betas)
+    optimizer = build_optimizer(model, config.optimizer, config.weight_decay, config.betas)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     _create_moments(engine)
     return engine
@@ -135,28 +140,22 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def moment_names(engine: Any, parameter: nn.Parameter) -> tuple[str, ...]:
+    """What the optimizer remembers of a parameter beside its step count; empty for a frozen one."""
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2, which serve AdamW only
+        return ADAMW_MOMENTS
+    return tuple(name for name in plain_optimizer(engine).state.get(parameter, {}) if name != "step")
+
+
 def _create_moments(engine: Any) -> None:
-    """Give AdamW at once the state that it otherwise makes in its first step, so that it can be saved and restored.
+    """Create the optimizer's state before the first step.
 
     Left to itself, ZeRO 1 and 2 (DeepSpeed 0.19.8) link parameters to their moments after the first group has stepped
     and miss those of all other groups.
     """
-    optimizer = plain_optimizer(engine)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    create_moments(plain_optimizer(engine))
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; gains, biases and prototypes do not."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("prototype")]
-    kept = [p for name, p in named if p.ndim < 2 or name.endswith("prototype")]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _free_port() -> int:

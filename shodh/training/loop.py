@@ -88,7 +88,8 @@ def _run_step(engine: Any, objective: Objective, batches: Iterator[Any], config:
     scalars = _mean_over_ranks(terms)
     if not all(math.isfinite(value) for value in scalars.values()):
         raise FloatingPointError(
-            f"step={step + 1}: loss is not finite ({scalars}). Lower learning_rate and start again."
+            f"step={step + 1}: loss is not finite ({scalars}). Lower learning_rate, or find NaN in the data with "
+            "`python -m data.layout STORE`; the newest checkpoint is from before."
         )
     return StepRecord(step + 1, scalars | {"learning_rate": learning_rate}, time.perf_counter() - started, outputs)
 

@@ -1,0 +1,96 @@
+"""AdamW for all parameters, or Muon for the matrices and AdamW for the rest, as one torch optimizer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shodh.config import ConfigError
+
+OptimizerName = Literal["adamw", "muon"]
+
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+
+# A matrix with a side below this has too few singular values for their equalisation to matter.
+MIN_MATRIX_SIDE = 8
+
+
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one with all their ``param_groups`` and one ``state``; each steps its own groups.
+
+    It inherits because DeepSpeed refuses what is no torch Optimizer.
+    """
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()  # torch has put new groups and a new state in place of the old
+
+    def _share(self) -> None:
+        first = 0
+        for part in self.parts:
+            last = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            first = last
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: OptimizerName, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """An optimizer with learning rate 0 over the trainable parameters; one learning rate serves all its groups.
+
+    With "muon" every hidden matrix (``is_hidden_matrix``) follows its orthogonalised momentum, scaled by
+    0.2 sqrt(longer side): the step's RMS is then 0.2, as AdamW's is in practice (Liu et al. 2025, arXiv:2502.16982).
+    Raises ConfigError where the model has no such matrix.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if optimizer == "adamw":
+        return torch.optim.AdamW(_decay_groups(named, weight_decay), lr=0.0, betas=betas)
+    matrices = [parameter for name, parameter in named if is_hidden_matrix(name, parameter)]
+    others = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
+    if not matrices:
+        raise ConfigError(
+            f"engine.optimizer=muon: the model has no trainable matrix of at least {MIN_MATRIX_SIDE} x "
+            f"{MIN_MATRIX_SIDE}. Set engine.optimizer=adamw."
+        )
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    rest = [torch.optim.AdamW(_decay_groups(others, weight_decay), lr=0.0, betas=betas)] if others else []
+    return JoinedOptimizer([muon, *rest])
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon suits a parameter: a linear map between many features, no set of prototypes, no stack of experts."""
+    return parameter.ndim == 2 and min(parameter.shape) >= MIN_MATRIX_SIDE and not name.endswith("prototype")
+
+
+def create_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer at once the state that it otherwise makes in its first step, so that it can be restored."""
+    for group in optimizer.param_groups:
+        is_muon = "ns_steps" in group
+        for parameter in group["params"]:
+            names = MUON_MOMENTS if is_muon else ADAMW_MOMENTS
+            moments = {name: torch.zeros_like(parameter) for name in names}
+            optimizer.state[parameter] = moments if is_muon else {"step": torch.tensor(0.0), **moments}
+
+
+def _decay_groups(named: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; gains, biases and prototypes do not."""
+    decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("prototype")]
+    kept = [p for name, p in named if p.ndim < 2 or name.endswith("prototype")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,56 @@
+"""What decides a run's result is in its identity, and a run is not continued under another one."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed
+from settings import TokenizerTraining, identity_of
+
+from shodh.config import ConfigError, load_config
+from shodh.training.checkpoint import write_checkpoint
+from shodh.training.run import train_resumably
+from shodh.training.tracking import TrackingConfig
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "train_tokenizer" / "debug.yaml"
+
+
+class NeverCalled:
+    def begin_step(self) -> None:
+        raise AssertionError
+
+    def __call__(self, engine, batch):
+        raise AssertionError
+
+
+@pytest.fixture
+def single_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def load(optimizer: str) -> TokenizerTraining:
+    return load_config(TokenizerTraining, CONFIG, [f"engine.optimizer={optimizer}", "engine.zero_stage=0"])
+
+
+@pytest.mark.parametrize(("old", "new"), [("adamw", "muon"), ("muon", "adamw")])
+def test_a_run_is_not_continued_with_another_optimizer(tmp_path, single_process, old, new):
+    run = {"identity": identity_of(load(old)), "record": {"config": {"seed": 0}}}
+    kept = write_checkpoint(tmp_path / "checkpoints" / "tokenizer", 3, {"optimizer/step": torch.tensor(3)}, run)
+    config = load(new)
+    with pytest.raises(ConfigError, match=rf"another configuration \(engine.optimizer: {old} -> {new}\)") as caught:
+        train_resumably(
+            None,
+            NeverCalled(),
+            lambda step: pytest.fail("no batch is drawn"),
+            config.loop,
+            [],
+            folder=tmp_path,
+            phase="tokenizer",
+            identity=identity_of(config),
+            record={},
+            checkpoint_interval=1,
+            tracking=TrackingConfig(wandb="disabled"),
+            tokens_per_step=1,
+        )
+    assert "\n" not in str(caught.value) and kept.is_dir()
