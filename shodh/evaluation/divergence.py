@@ -116,6 +116,15 @@ def summarise_sums(sums: ConservationSums) -> dict[str, Any]:
     }
 
 
+def find_worst(stored: Float[Tensor, "b 3 x y z"], grid: Grid, operator: str) -> tuple[int, ...]:
+    """Field and cell (b, x, y, z) of the largest divergence or curl, whichever ``operator`` names."""
+    if operator == CURL_OPERATOR:
+        derivative = curl_of_faces(stored.double(), grid.boundary).square().sum(1)
+    else:
+        derivative = divergence_of_faces(stored.double(), grid.boundary).abs()
+    return tuple(int(i) for i in torch.unravel_index(derivative.argmax(), derivative.shape))
+
+
 def squared_gradient(velocity: Float[Tensor, "b 3 x y z"], grid: Grid) -> Float[Tensor, "b x y z"]:
     """|grad u|^2 from all 9 components by one-sided differences, each where the staggered grid has it.
 

@@ -46,12 +46,17 @@ def difference_down(values: Float[Tensor, "*s x y z"], axis: int, boundary: Boun
 
 def zero_wall_edges(edges: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) -> Float[Tensor, "*s 3 x y z"]:
     """Circulations with those of edges lying in a lower wall set to 0, so that no flux crosses the wall."""
+    return torch.stack(_components_off_walls(edges, boundary), -4)
+
+
+def _components_off_walls(edges: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) -> list[Tensor]:
+    """The components of ``zero_wall_edges``, of which only those that a wall changes are copied."""
     components = list(edges.unbind(-4))
     for axis in range(3):
         if boundary[axis] == "wall":
             for tangential in ((axis + 1) % 3, (axis + 2) % 3):
                 components[tangential] = _zero_first(components[tangential], axis)
-    return torch.stack(components, -4)
+    return components
 
 
 def zero_wall_faces(faces: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) -> Float[Tensor, "*s 3 x y z"]:
@@ -62,7 +67,7 @@ def zero_wall_faces(faces: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) ->
 
 def curl_of_edges(edges: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) -> Float[Tensor, "*s 3 x y z"]:
     """Flux through faces of the circulation along edges: F = d a. Walls as ``zero_wall_edges`` leaves them."""
-    a = zero_wall_edges(edges, boundary).unbind(-4)
+    a = _components_off_walls(edges, boundary)
     return torch.stack(
         [
             difference_up(a[(i + 2) % 3], (i + 1) % 3, boundary[(i + 1) % 3])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,27 +39,38 @@ def compose_velocity(
     return flux if space == "solenoidal" else flux + gradient_of_cells(potentials.scalar, boundary)
 
 
-def snap_potentials(potentials: Potentials) -> Potentials:
+def snap_potentials(potentials: Potentials, space: VelocitySpace = "full") -> Potentials:
     """Potentials rounded to a lattice 2^-k, k per sample, so that sums of them are exact in FP32.
 
-    A flux adds at most 4 circulations (or 2 linearly extrapolated scalars, at most 4 times the largest) and one mean
-    flow, and k keeps twice that bound below 2^24 lattice steps. The relative change is about 2^-22 of the largest
-    potential. Raises ValueError for non-finite potentials.
+    A flux adds at most 4 circulations, 2 scalars and one mean flow, and k keeps twice that bound below 2^24 lattice
+    steps. The relative change is about 2^-22 of the largest potential; what is below 2^-121 becomes 0, before FP32
+    loses digits. Potentials that ``space`` does not use come back as 0. Raises ValueError for potentials that are not
+    finite, or whose flux FP32 cannot hold.
     """
-    circulation, scalar, mean_flow = (p.double() for p in potentials)
-    largest = 4 * (
-        reduce(circulation.abs(), "b f x y z -> b", "max") + reduce(scalar.abs(), "b x y z -> b", "max")
-    ) + reduce(mean_flow.abs(), "b f -> b", "max")
-    if not bool(torch.isfinite(largest).all()):
-        raise ValueError("potentials: not finite, so they have no lattice. Check the decoder's input and weights.")
+    used = space != "irrotational", space != "solenoidal", space != "irrotational"
+    bounds = zip(potentials, (4.0, 4.0, 1.0), used, strict=True)
+    largest = torch.stack([weight * _largest(values).double() for values, weight, use in bounds if use]).sum(0)
+    if not bool((largest <= torch.finfo(torch.float32).max).all()):
+        raise ValueError(
+            "potentials: not finite, or beyond FP32, so they have no lattice. Check the decoder's input and weights."
+        )
     _, exponent = torch.frexp(largest)  # largest < 2^exponent
-    step = torch.ldexp(torch.ones_like(largest), exponent - 23).clamp_min(2.0**-120)
+    exponent = (exponent - 23).clamp_min(-120)
+    step, inverse = (torch.ldexp(torch.ones_like(largest), power).float() for power in (exponent, -exponent))
 
-    def snap(values: Tensor) -> Tensor:
-        unit = step.reshape(-1, *[1] * (values.ndim - 1))
-        return (torch.round(values / unit) * unit).float()
+    def snap(values: Tensor, use: bool) -> Tensor:
+        if not use:
+            return torch.zeros_like(values)
+        shape = [-1] + [1] * (values.ndim - 1)
+        return (values.float() * inverse.reshape(shape)).round_().mul_(step.reshape(shape))  # powers of 2 lose nothing
 
-    return Potentials(snap(circulation), snap(scalar), snap(mean_flow))
+    return Potentials(*(snap(values, use) for values, use in zip(potentials, used, strict=True)))
+
+
+def _largest(values: Float[Tensor, "b *s"]) -> Float[Tensor, "b"]:
+    """Largest magnitude of each sample, NaN if it holds one; without a copy of the field."""
+    flat = values.flatten(1)
+    return torch.maximum(flat.amax(1), -flat.amin(1))
 
 
 def solve_poisson(right: Float[Tensor, "*s x y z"], grid: Grid) -> Float[Tensor, "*s x y z"]:

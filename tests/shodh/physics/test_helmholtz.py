@@ -12,6 +12,7 @@ from shodh.physics.helmholtz import Potentials, compose_velocity, remove_diverge
 CLOSED = list(itertools.product(["periodic", "wall"], repeat=3))
 ANY = list(itertools.product(["periodic", "wall", "open"], repeat=3))
 SHAPE = (8, 6, 10)
+PERIODIC = ("periodic", "periodic", "periodic")
 
 
 def random_potentials(scale: float = 1.0) -> Potentials:
@@ -117,3 +118,37 @@ def test_poisson_solution_satisfies_the_staggered_equation(grid):
 def test_poisson_problem_on_an_open_axis_is_refused():
     with pytest.raises(ValueError, match="open"):
         solve_poisson(torch.zeros(4, 4, 4), Grid(shape=(4, 4, 4), spacing=(1.0, 1.0, 1.0), boundary=("open",) * 3))
+
+
+def test_potentials_whose_flux_fp32_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match="beyond FP32"):
+        snap_potentials(random_potentials(1e38))
+
+
+@pytest.mark.parametrize("space", ["solenoidal", "irrotational"])
+def test_potentials_that_a_space_does_not_use_cost_it_no_digits(space):
+    potentials = random_potentials()
+    unused = ("scalar",) if space == "solenoidal" else ("circulation", "mean_flow")
+    larger = potentials._replace(**{name: 1e30 * getattr(potentials, name) for name in unused})
+    small, large = (compose_velocity(snap_potentials(p, space), PERIODIC, space) for p in (potentials, larger))
+    assert torch.equal(small, large)
+    circulation, scalar, mean_flow = (values.abs().max() for values in potentials)
+    step = 2.0**-22 * (4 * circulation + mean_flow if space == "solenoidal" else 4 * scalar)
+    # up to 5 terms are half a step off each, and FP32 sums of the plain ones round by less than half a step more
+    assert (small - compose_velocity(potentials, PERIODIC, space)).abs().max() <= 3 * step
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-36])
+def test_potentials_where_fp32_loses_digits_still_conserve_exactly(scale):
+    flux = compose_velocity(snap_potentials(random_potentials(scale)), PERIODIC, "solenoidal")
+    assert divergence_of_faces(flux.double(), PERIODIC).abs().max() == 0
+    assert (flux == 0).all() or flux[flux != 0].abs().min() >= 2.0**-120
+
+
+def test_snapping_equals_rounding_in_fp64():
+    potentials = random_potentials()
+    bound = 4 * (potentials.circulation.abs().amax((1, 2, 3, 4)) + potentials.scalar.abs().amax((1, 2, 3)))
+    step = 2.0 ** (torch.floor(torch.log2(bound.double() + potentials.mean_flow.abs().amax(1))) - 22)
+    for before, after in zip(potentials, snap_potentials(potentials), strict=True):
+        unit = step.reshape([-1] + [1] * (before.ndim - 1))
+        assert torch.equal(after.double(), torch.round(before.double() / unit) * unit)
