@@ -12,6 +12,14 @@ from einops import rearrange
 from torch import Tensor
 
 from shodh.evaluation.divergence import ConservationSums, merge_sums, sum_curl, sum_divergence, summarise_sums
+from shodh.evaluation.latent_quality import (
+    LatentTrajectory,
+    measure_latent_quality,
+    merge_moments,
+    sum_moments,
+    summarise_moments,
+)
+from shodh.evaluation.reconstruction import Encode, TrueFields, sample_trajectory, summarise_reconstruction
 from shodh.evaluation.rollout import (
     TrueTrajectory,
     average_rollouts,
@@ -34,14 +42,16 @@ class HeldOutDomain(NamedTuple):
     medium: Sequence[Tensor]  # (x, y, z) of each trajectory, for pictures
     decode: Callable[[Tensor, Tensor], DecodedFields]
     baselines: dict[str, Callable[[Tensor], Tensor]]  # name -> reconstruction of velocity, such as the block KLT
+    decode_velocity: Callable[[Tensor, Tensor], Tensor] | None = None  # differentiable: not on the lattice
+    encode: Encode | None = None  # of normalised fields and the medium as stored
 
 
 @torch.no_grad()
 def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domains: int) -> tuple[dict, RoutingCounts]:
     """One domain's block of ``evaluation.json`` without routing, and the routing counts of its one-step forecasts."""
-    rollouts, steps, sums, errors, counts = [], [], [], [], []
+    rollouts, steps, sums, errors, counts, samples = [], [], [], [], [], []
     scores: dict[str, list[Tensor]] = {}
-    for trajectory in held_out.trajectories:
+    for trajectory, medium in zip(held_out.trajectories, held_out.medium, strict=True):
         batch = successive_states(trajectory, index)
         forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
         counts.append(count_routing(forecast.routings, batch.domain, num_domains))
@@ -52,6 +62,8 @@ def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domai
             if truth == slice(2, None):
                 errors.append((decoded.velocity - trajectory.velocity[truth]).square().mean())
             else:
+                fields = TrueFields(trajectory.velocity, trajectory.pressure, medium)
+                samples.append(sample_trajectory(decoded, fields, held_out.grid, held_out.baselines))
                 scores.setdefault("velocity", []).append(vrmse(decoded.velocity, trajectory.velocity))
                 scores.setdefault("pressure", []).append(vrmse(decoded.pressure, trajectory.pressure))
         for name, reconstruct in held_out.baselines.items():
@@ -63,6 +75,9 @@ def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domai
                 trajectory,
             )
         )
+    latents = [
+        LatentTrajectory(t.latents, t.medium, m) for t, m in zip(held_out.trajectories, held_out.medium, strict=True)
+    ]
     one_step = measure_one_step(lambda *inputs: model(*inputs).latent, steps)
     means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
     conserved = "curl" if held_out.domain.velocity_space == "irrotational" else "divergence"
@@ -79,12 +94,14 @@ def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domai
         "extrapolation_latent_mse": one_step["extrapolation_mse"],
         "decoded_mse": float(torch.stack(errors).mean()),
         "rollout": average_rollouts(rollouts),
+        "reconstruction": summarise_reconstruction(samples, held_out.grid),
+        "latents": measure_latent_quality(latents, held_out.decode, held_out.decode_velocity, held_out.encode),
     }
     return block, merge_counts(counts)
 
 
 def evaluate(model: Model, held_out: Sequence[HeldOutDomain]) -> dict[str, Any]:
-    """``domains`` and ``mean`` of ``evaluation.json``."""
+    """``domains``, ``mean`` and ``latents`` (of all domains together) of ``evaluation.json``."""
     names = [h.domain.name for h in held_out]
     blocks, counts = {}, []
     for index, domain in enumerate(held_out):
@@ -101,7 +118,9 @@ def evaluate(model: Model, held_out: Sequence[HeldOutDomain]) -> dict[str, Any]:
         for key in tokenizers[0]
         if key.endswith("vrmse")
     }
-    return {"domains": blocks, "mean": mean, "routing_layers": summary["layers"]}
+    moments = merge_moments([sum_moments(t.latents) for domain in held_out for t in domain.trajectories])
+    whole = {"latents": summarise_moments(moments)}
+    return {"domains": blocks, "mean": mean, "routing_layers": summary["layers"], **whole}
 
 
 def write_evaluation(folder: Path, evaluation: dict[str, Any], model: Model, held_out: Sequence[HeldOutDomain]) -> None:

@@ -26,13 +26,16 @@ from shodh.evaluation.report_run import (
 
 def write_report(run_folder: Path) -> Path:
     """Write ``report.html`` into a run's folder and return its path. Raises ValueError if there is no such folder."""
-    from shodh.evaluation import report_sections as sections  # here: matplotlib, which the text table does not need
+    from shodh.evaluation import report_reconstruction as reconstruction  # here: matplotlib, which the text table
+    from shodh.evaluation import report_sections as sections  # does not need
 
     run = read_run(run_folder)
     content = [
         ("Alarms", sections.show_alarms(run)),
         ("Evaluation", sections.show_evaluation(run)),
         ("Fields", sections.show_fields(run)),
+        ("Reconstruction", reconstruction.show_reconstruction(run)),
+        ("Latents", reconstruction.show_latents(run)),
         ("Rollout", sections.show_rollout(run)),
         ("Routing", sections.show_routing(run)),
         ("Training", sections.show_training(run)),
@@ -85,6 +88,7 @@ def _find_headlines(run: Run) -> list[Tile]:
             "block KLT",
             pick(run.evaluation, "mean", "block_klt_velocity_vrmse"),
         ),
+        *_find_sharpness_tiles(run),
         *_compare(
             "Rollout VRMSE, last step",
             mean(pick(d, "rollout", "vrmse", "last") for d in domains),
@@ -116,6 +120,18 @@ def _find_conservation_tiles(run: Run) -> list[Tile]:
             note = "bit for bit: stored FP32, evaluated FP64" if largest == 0 else "should be exactly 0.0"
             tiles.append(Tile(f"Largest {kind}", format_number(largest), note, "good" if largest == 0 else "bad"))
     return tiles
+
+
+def _find_sharpness_tiles(run: Run) -> list[Tile]:
+    ratios = [pick(d, "reconstruction", "highest_octave_energy_ratio") for d in run.domains.values()]
+    ratios = [ratio for ratio in ratios if ratio]
+    if not ratios:
+        return []
+    worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+    verdict = "good" if 0.5 <= worst <= 2 else "bad"
+    return [
+        Tile("Energy in the highest octave", format_number(worst), "of the truth's; domain furthest from 1", verdict)
+    ]
 
 
 def _find_routing_tiles(run: Run) -> list[Tile]:

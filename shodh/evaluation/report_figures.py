@@ -24,6 +24,16 @@ EXPERT_COLOURS = (
 )
 
 
+class Line(NamedTuple):
+    """One curve of a figure; without a colour it has the page's ink."""
+
+    label: str
+    x: Sequence[float | int]
+    y: Sequence[float | int]
+    colour: str | None = None
+    style: str = "-"
+
+
 class Theme(NamedTuple):
     """Colours of a page's ink, panel and faint lines, as in the page's style."""
 
@@ -91,6 +101,32 @@ def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], caption: st
         axes.set_xlabel("step", color=theme.ink, fontsize=9)
         if len(curves) > 1:
             _add_legend(axes, theme)
+
+    return _render(draw, caption, CURVE_SIZE)
+
+
+def draw_lines(
+    lines: Sequence[Line], caption: str, x_label: str, *, log_x: bool = False, log_y: bool = False, decades: int = 0
+) -> str:
+    """Curves over anything; a logarithmic y shows at most so many ``decades`` below the highest point (0: all)."""
+
+    def draw(canvas: Figure, theme: Theme) -> None:
+        axes = _add_axes(canvas, theme)
+        for line in lines:
+            x, y = np.asarray(line.x, float), np.asarray(line.y, float)
+            y = np.where(y > 0, y, np.nan) if log_y else y
+            marker = "o" if len(x) < 9 else None
+            style = {"color": line.colour or theme.ink, "linestyle": line.style, "marker": marker, "markersize": 3.5}
+            axes.plot(x, y, label=line.label, linewidth=1.5, **style)
+        if log_x:
+            axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
+            positive = [value for line in lines for value in line.y if value > 0]
+            if decades and positive:
+                axes.set_ylim(bottom=max(min(positive) / 2, max(positive) * 10.0**-decades))
+        axes.set_xlabel(x_label, color=theme.ink, fontsize=9)
+        _add_legend(axes, theme)
 
     return _render(draw, caption, CURVE_SIZE)
 

@@ -9,6 +9,7 @@ import yaml
 
 from shodh.evaluation import report_page as html
 from shodh.evaluation.alarms import find_evaluation_alarms, find_metric_alarms
+from shodh.evaluation.report_certificate import show_certificate
 from shodh.evaluation.report_figures import (
     EXPERT_COLOURS,
     draw_curves,
@@ -221,9 +222,10 @@ def show_conservation(run: Run) -> str:
                 numbers = [format_number(measured.get(key)) for key in CONSERVATION_COLUMNS]
                 rows.append([f"{name}, {kind}", *numbers, format_count(measured.get("num_fields"))])
     if not rows:
-        return html.paragraph("No divergence has been measured yet.")
+        return html.paragraph("No divergence has been measured yet.") + show_certificate(run)
     note = "".join(operators.values()) + CONSERVATION_NOTE
-    return html.table(["", *CONSERVATION_COLUMNS.values(), "fields"], rows) + html.paragraph(note, quiet=True)
+    table = html.table(["", *CONSERVATION_COLUMNS.values(), "fields"], rows) + html.paragraph(note, quiet=True)
+    return table + show_certificate(run)
 
 
 def show_provenance(run: Run) -> str:
