@@ -33,7 +33,7 @@ from shodh.fields import DomainSpec
 # (latent (b c x y z), medium (b m x y z)).
 Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-BATCH_SIZE = 8  # snapshots per call of ``encode``
+BATCH_SIZE = 8  # snapshots per call of ``encode``, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,7 @@ def write_latents(
     encode: Encode,
     tokenizer_hash: str,
     progress: Callable[[int], object] = lambda num_snapshots: None,
+    batch_size: int = BATCH_SIZE,
 ) -> str:
     """Encode what is missing of a store and return the cache's digest; a current cache is left as it is.
 
@@ -128,7 +129,7 @@ def write_latents(
             if trajectory in records:
                 progress(store.num_snapshots)
                 continue
-            latent, medium = _encode_trajectory(store, trajectory, encode, progress)
+            latent, medium = _encode_trajectory(store, trajectory, encode, progress, batch_size)
             record = _write_trajectory(
                 partial,
                 _header(store, tokenizer_hash, latent.shape, medium.shape),
@@ -208,15 +209,17 @@ def _kind(path: Path) -> str:
 
 
 def _encode_trajectory(
-    store: Store, trajectory: int, encode: Encode, progress: Callable[[int], object]
+    store: Store, trajectory: int, encode: Encode, progress: Callable[[int], object], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latent (t, c, x, y, z) and medium (m, x, y, z) of one trajectory."""
     still = torch.from_numpy(store.medium(trajectory))
     latents, media = [], []
-    for start in range(0, store.num_snapshots, BATCH_SIZE):
-        states = [store.snapshot(trajectory, t) for t in range(start, min(start + BATCH_SIZE, store.num_snapshots))]
-        velocity = torch.from_numpy(np.stack([u for u, _ in states]))
-        pressure = torch.from_numpy(np.stack([p[None] for _, p in states]))
+    for start in range(0, store.num_snapshots, batch_size):
+        states = range(start, min(start + batch_size, store.num_snapshots))
+        velocity, pressure = (torch.empty(len(states), f, *store.grid.shape) for f in (3, 1))
+        for place, t in enumerate(states):
+            store.read_snapshot(trajectory, t, velocity[place].numpy(), pressure[place, 0].numpy())
+            _require_finite(store, trajectory, t, velocity[place], pressure[place])
         latent, medium = encode(velocity, pressure, still.expand(len(states), 1, *still.shape))
         latents.append(latent.detach().float().cpu().numpy())
         media.append(medium[0].detach().float().cpu().numpy())
@@ -225,6 +228,14 @@ def _encode_trajectory(
     if not (np.isfinite(whole).all() and np.isfinite(media[0]).all()):
         raise RuntimeError(f"latents of {store.path}, trajectory {trajectory}: not finite. Check the tokenizer.")
     return whole, media[0]
+
+
+def _require_finite(store: Store, trajectory: int, time: int, *fields: Tensor) -> None:
+    if not all(bool(torch.isfinite(field).all()) for field in fields):
+        raise ValueError(
+            f"store={store.path}: trajectory {trajectory}, snapshot {time} holds NaN or infinity. "
+            f"See all with `python -m data.layout {store.path}`, and write the store again."
+        )
 
 
 def _write_trajectory(partial: Path, header: LatentHeader, trajectory: int, values: Mapping[str, np.ndarray]) -> Record:

@@ -25,7 +25,7 @@ class FieldStatistics:
         for name in ("velocity_scale", "pressure_scale", "medium_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value}: must be positive and finite. Is the field zero everywhere?")
+                raise ValueError(f"{name}={value}: must be positive and finite. Is the field constant, or zero?")
 
     def normalise_medium(self, medium: np.ndarray) -> None:
         """(medium - mean) / scale, in place."""

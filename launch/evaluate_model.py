@@ -1,12 +1,22 @@
 """Evaluate a pretrained model on held-out trajectories: evaluation.json, slices.npz, report.html, and a printed table.
 
 python launch/evaluate_model.py configs/evaluate_model/quickstart.yaml [key=value ...]
+
+Or certify what its tokenizer conserves (certificate.json, report.html, a printed table; exit code 1 if it does not),
+on held-out fields where the config's stores are there, and on random latents:
+
+python launch/evaluate_model.py certificate configs/evaluate_model/quickstart.yaml [key=value ...]
+python launch/evaluate_model.py certificate runs/quickstart/tokenizer.safetensors [num_random=4 ...]
 """
+
+from pathlib import Path
 
 from shodh.command_line import run, split_arguments
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["certificate"]:
+        return write_certified(arguments[1:])
     path, overrides = split_arguments(arguments, "launch/evaluate_model.py CONFIG.yaml [key=value ...]")
     import torch
     from parts import fit_baselines, hold_out, load_model, open_tokenized
@@ -23,10 +33,47 @@ def main(arguments: list[str]) -> None:
     model, description = load_model(config.run, tokenizer, device)
     baselines = fit_baselines(tokenizer, stores)
     held_out = [hold_out(tokenizer, *pair, device, baselines=baselines) for pair in zip(stores, latents, strict=True)]
-    evaluation = {"run": description, **evaluate(model, held_out)}
+    evaluation = {"run": description, "certificate": tokenizer.certificate, **evaluate(model, held_out)}
     write_evaluation(config.run, evaluation, model, held_out)
     print(format_table(evaluation))
     print(f"report -> {write_report(config.run)}")
+
+
+def write_certified(arguments: list[str]) -> None:
+    """The certificate of a tokenizer; RuntimeError if it does not conserve exactly."""
+    usage = "launch/evaluate_model.py certificate CONFIG.yaml|TOKENIZER.safetensors [key=value ...]"
+    path, overrides = split_arguments(arguments, usage)
+    import torch
+    from certification import certify_tokenizer
+    from parts import open_stores
+    from settings import Evaluation
+
+    from shodh.config import load_config, parse_config
+    from shodh.evaluation.certificate import FAILED, CertificateConfig, format_certificate, write_certificate
+    from shodh.evaluation.report import write_report
+    from tokenizer.export import load_tokenizer
+
+    if Path(path).suffix == ".safetensors":
+        file, folder, stores = Path(path), Path(path).parent, []
+        given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+        sizes = parse_config(CertificateConfig, given, source="the command line")
+    else:
+        config = load_config(Evaluation, path, overrides)
+        torch.set_num_threads(config.threads)
+        file, folder, sizes = config.tokenizer, config.run, config.certificate
+        stores = open_stores(config.stores, config.domains) if config.stores.is_dir() else []
+    tokenizer = load_tokenizer(file)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    grids = {store.domain.name: store.grid for store in stores}
+    certificate = certify_tokenizer(
+        tokenizer.autoencoder.to(device), tokenizer.domains, tokenizer.statistics, grids, sizes, stores
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    print(format_certificate(certificate))
+    print(f"certificate -> {write_certificate(folder, certificate)}")
+    print(f"report -> {write_report(folder)}")
+    if certificate["verdict"] == FAILED:
+        raise RuntimeError(f"tokenizer={file}: does not conserve exactly. {certificate['failures'][0]}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """What several launch scripts build in the same way from data, tokenizer and model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from memory import memory_to_use
 from torch import Tensor
 from tqdm import tqdm
 
-from data.latents import LatentStore, open_latents
+from data.latents import BATCH_SIZE, LatentStore, open_latents
 from data.reader import Store, open_store
 from data.statistics import FieldStatistics
 from shodh.config import ConfigError, parse_config
@@ -17,8 +19,13 @@ from shodh.evaluation.rollout import TrueTrajectory
 from shodh.fields import FieldBatch
 from shodh.model.transformer import LatentTransformer, TransformerConfig, count_parameters
 from shodh.training.checkpoint import load_parameters, read_newest
+from tokenizer.autoencoder import DOWNSAMPLING, AutoencoderConfig
 from tokenizer.block_klt import BlockKLT
+from tokenizer.budget import Plan, decode_fields_within, encode_within, plan_memory
 from tokenizer.export import Tokenizer, load_tokenizer
+from tokenizer.memory import forecast_memory
+
+FIELDS_READ = 6  # of a snapshot, beside the normalised batch: 4 of the state, the medium, and one on the way
 
 
 def open_stores(folder: Path, domains: Sequence[str]) -> list[Store]:
@@ -43,14 +50,64 @@ def open_tokenized(
     """A tokenizer, the stores of fields and their caches of latents, all of which must belong together."""
     tokenizer = load_tokenizer(tokenizer_path)
     stores = open_stores(stores_folder, domains)
-    unknown = [name for name in domains if name not in tokenizer.domains]
-    if unknown:
-        raise ConfigError(
-            f"domains={unknown[0]}: the tokenizer was trained without it (it knows: {', '.join(tokenizer.domains)}). "
-            "Train one with it, or correct the name."
-        )
+    for store in stores:
+        require_tokenizer(tokenizer, store)
     latents = [open_latents(latents_folder / s.domain.name, tokenizer.digest, s.digest) for s in stores]
     return tokenizer, stores, latents
+
+
+def require_tokenizer(tokenizer: Tokenizer, store: Store) -> FieldStatistics:
+    """The scales that the tokenizer knows a store's fields by.
+
+    Raises ConfigError unless it was trained with such a domain, in the same units and between the same boundaries.
+    """
+    domain, known = store.domain, tokenizer.domains.get(store.domain.name)
+    if known is None:
+        raise ConfigError(
+            f"domains={domain.name}: the tokenizer was trained without it (it knows: {', '.join(tokenizer.domains)}). "
+            "Train one with it, or correct the name."
+        )
+    if domain.name not in tokenizer.statistics:
+        raise ConfigError(f"domains={domain.name}: the tokenizer has no statistics of it. Export the tokenizer again.")
+    fields = ("velocity", "pressure", "medium")
+    pairs = [
+        (f"{f}.{part}", getattr(getattr(domain, f), part), getattr(getattr(known, f), part))
+        for f in fields
+        for part in ("name", "units", "location")
+    ]
+    pairs += [
+        (part, getattr(domain, part), getattr(known, part)) for part in ("velocity_space", "boundary", "parameters")
+    ]
+    for name, found, wanted in pairs:
+        if found != wanted:
+            raise ConfigError(
+                f"store={store.path}: {name} is {found!r}, the tokenizer was trained with {wanted!r}. "
+                "Write the store like that, or train a tokenizer on it."
+            )
+    if any(n % DOWNSAMPLING for n in store.grid.shape):
+        raise ConfigError(
+            f"store={store.path}: its grid {store.grid.shape} is not divisible by {DOWNSAMPLING}. Crop or regrid it."
+        )
+    return FieldStatistics(**tokenizer.statistics[domain.name])
+
+
+class Encoding(NamedTuple):
+    """How a store will be encoded: snapshots at a time, bytes for that beside those of what is read, and the plan."""
+
+    num_snapshots: int
+    max_bytes: int
+    plan: Plan
+
+
+def plan_encoding(config: AutoencoderConfig, store: Store, max_bytes: int) -> Encoding:
+    """As many snapshots at a time as fit; ConfigError when one does not, even in slabs."""
+    read = FIELDS_READ * 4 * torch.Size(store.grid.shape).numel()
+    for num in (num for num in (BATCH_SIZE, 4, 2) if num <= store.num_snapshots):
+        needed, limit = forecast_memory(config, store.domain, store.grid, num, "encode"), max_bytes - num * read
+        if needed <= limit:
+            return Encoding(num, limit, Plan(None, needed, needed))
+    limit = max(0, max_bytes - read)
+    return Encoding(1, limit, plan_memory(config, store.domain, store.grid, 1, "encode", limit))
 
 
 def normalised_batch(
@@ -75,8 +132,8 @@ def hold_out(
     baselines: dict[str, BlockKLT] | None = None,
 ) -> HeldOutDomain:
     """One domain's test split, or its first trajectories, in memory, with the decoder and the codes to compare with."""
-    tokenizer.autoencoder.to(device)
-    statistics = FieldStatistics(**tokenizer.statistics[store.domain.name])
+    autoencoder, domain, grid = tokenizer.autoencoder.to(device), store.domain, store.grid
+    statistics = require_tokenizer(tokenizer, store)
     trajectories, media = [], []
     for i in store.trajectories("test")[:num_trajectories]:
         states = [store.snapshot(i, t) for t in range(store.num_snapshots)]
@@ -96,13 +153,22 @@ def hold_out(
                 boundary=store.grid.boundary,
             )
         )
+
+    max_bytes = memory_to_use(device)  # once, because each other budget would need a forecast of its own
+
+    def encode(velocity: Tensor, pressure: Tensor, stored_medium: Tensor) -> tuple[Tensor, Tensor]:
+        still = (stored_medium.to(velocity) - statistics.medium_mean) / statistics.medium_scale
+        return encode_within(autoencoder, FieldBatch(velocity, pressure, still, domain, grid), max_bytes)
+
     return HeldOutDomain(
-        domain=store.domain,
-        grid=store.grid.relative,
+        domain=domain,
+        grid=grid.relative,
         trajectories=trajectories,
         medium=media,
-        decode=lambda latent, m: tokenizer.autoencoder.decode_fields(latent, m, store.domain, store.grid),
+        decode=lambda latent, m: decode_fields_within(autoencoder, latent, m, domain, grid, max_bytes),
         baselines={name: klt.reconstruct for name, klt in (baselines or {}).items()},
+        decode_velocity=lambda latent, m: autoencoder.decode(latent, m, domain, grid).velocity,
+        encode=encode,
     )
 
 
@@ -118,18 +184,26 @@ def require_channels(config: TransformerConfig, tokenizer: Tokenizer) -> None:
 def fit_baselines(tokenizer: Tokenizer, stores: Sequence[Store]) -> dict[str, BlockKLT]:
     """Block KLTs on the training fields of all domains, with as many values a block as state and medium latents have
     together (``block_klt``), and as the state's alone (``block_klt_of_state``)."""
-
-    def velocities() -> Iterator[Tensor]:
-        states = [
-            (store, i, t) for store in stores for i in store.trajectories("train") for t in range(store.num_snapshots)
-        ]
-        for store, i, t in tqdm(states, desc="block KLT", unit="snapshot", mininterval=1.0):
-            scale = tokenizer.statistics[store.domain.name]["velocity_scale"]
-            yield torch.from_numpy(store.snapshot(i, t)[0])[None] / scale
-
     sizes = tokenizer.autoencoder.config
     values = {"block_klt": sizes.latent_channels + sizes.medium_channels, "block_klt_of_state": sizes.latent_channels}
-    return BlockKLT.fit(velocities(), values)
+    return BlockKLT.fit(training_velocities(stores, tokenizer.statistics), values)
+
+
+def training_velocities(
+    stores: Sequence[Store], statistics: Mapping[str, Mapping[str, float]], most: int | None = None
+) -> Iterator[Float[Tensor, "1 3 x y z"]]:
+    """Normalised velocities of the training splits, equally many of each domain: of the fewest that one has, at most
+    ``most``, spread evenly over each."""
+    splits = [[(i, t) for i in s.trajectories("train") for t in range(s.num_snapshots)] for s in stores]
+    num = min(min(map(len, splits)), most or 2**31)
+    chosen = [
+        (store, *states[k * len(states) // num])
+        for store, states in zip(stores, splits, strict=True)
+        for k in range(num)
+    ]
+    for store, i, t in tqdm(chosen, desc="block KLT", unit="snapshot", mininterval=1.0):
+        scale = statistics[store.domain.name]["velocity_scale"]
+        yield torch.from_numpy(store.snapshot(i, t)[0])[None] / scale
 
 
 def load_model(run: Path, tokenizer: Tokenizer, device: torch.device) -> tuple[LatentTransformer, dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from data.mixture import MixtureConfig
 from shodh.config import to_plain
+from shodh.evaluation.certificate import CertificateConfig
 from shodh.model.transformer import TransformerConfig
 from shodh.training.engine import EngineConfig
 from shodh.training.loop import LoopConfig
@@ -45,10 +46,13 @@ class LatentCaching:
     tokenizer: Path
     latents: Path
     threads: int = 2
+    max_gigabytes: float | None = None  # of memory for encoding; else most of what is free
 
     def __post_init__(self) -> None:
         require_domains(self.domains)
         require_positive(self, "threads")
+        if self.max_gigabytes is not None and not self.max_gigabytes > 0:
+            raise ValueError(f"max_gigabytes={self.max_gigabytes}: must be positive. Raise it, or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ class Evaluation:
     tokenizer: Path
     run: Path
     threads: int = 2
+    certificate: CertificateConfig = CertificateConfig()
 
     def __post_init__(self) -> None:
         require_domains(self.domains)
@@ -114,7 +119,8 @@ def require_positive(config: object, *names: str) -> None:
 def identity_of(config: "TokenizerTraining | Pretraining") -> dict[str, Any]:
     """The part of a training config that decides its result; a run is continued only with the same."""
     plain = to_plain(config)
-    engine = {key: plain["engine"][key] for key in ("batch_size", "accumulation", "gradient_clipping", "weight_decay")}
+    decisive = ("batch_size", "accumulation", "optimizer", "gradient_clipping", "weight_decay")
+    engine = {key: plain["engine"][key] for key in decisive}
     kept = ("domains", "autoencoder", "model", "objective", "loop", "augment", "weights")
     return {key: plain[key] for key in kept if key in plain} | {"engine": engine}
 

@@ -11,12 +11,14 @@ from shodh.command_line import run, split_arguments
 def main(arguments: list[str]) -> None:
     path, overrides = split_arguments(arguments, "launch/train_tokenizer.py CONFIG.yaml [key=value ...]")
     import torch
+    from certification import certify_tokenizer
     from parts import open_stores
     from settings import TokenizerTraining, identity_of, mixture_config
 
     from data.mixture import FieldMixture, stream
     from data.statistics import measure_statistics
     from shodh.config import load_config, to_plain
+    from shodh.evaluation.certificate import CertificateConfig, format_certificate, write_certificate
     from shodh.training.engine import build_engine, distributed
     from shodh.training.run import train_resumably
     from tokenizer.autoencoder import Autoencoder, measure_latents
@@ -49,7 +51,11 @@ def main(arguments: list[str]) -> None:
             measure_latents(engine.module, mixture.first(12 * len(stores)), group.device)
             scales = {s.domain.name: to_plain(scale) for s, scale in zip(stores, statistics, strict=True)}
             domains = {store.domain.name: store.domain for store in stores}
-            digest = save_tokenizer(config.run / "tokenizer.safetensors", engine.module, domains, scales)
+            grids = {store.domain.name: store.grid for store in stores}
+            certificate = certify_tokenizer(engine.module, domains, scales, grids, CertificateConfig())
+            write_certificate(config.run, certificate)
+            print(format_certificate(certificate))
+            digest = save_tokenizer(config.run / "tokenizer.safetensors", engine.module, domains, scales, certificate)
             print(f"tokenizer {digest[:12]} -> {config.run / 'tokenizer.safetensors'}")
 
 

@@ -1,4 +1,6 @@
-"""One safetensors file that is the whole tokenizer: weights, sizes, domains, statistics and its own digest."""
+"""One safetensors file that is the whole tokenizer: weights, sizes, domains, statistics, what certifies that it
+conserves, and its own digest.
+"""
 
 import hashlib
 import json
@@ -22,22 +24,42 @@ class Tokenizer(NamedTuple):
     domains: dict[str, DomainSpec]
     statistics: dict[str, dict[str, float]]  # per domain, the fields of data.statistics.FieldStatistics
     digest: str
+    certificate: dict[str, Any] | None = None  # of what these weights conserve; see shodh.evaluation.certificate
 
 
 def save_tokenizer(
-    path: Path, autoencoder: Autoencoder, domains: dict[str, DomainSpec], statistics: dict[str, dict[str, float]]
+    path: Path,
+    autoencoder: Autoencoder,
+    domains: dict[str, DomainSpec],
+    statistics: dict[str, dict[str, float]],
+    certificate: dict[str, Any] | None = None,
 ) -> str:
-    """Write the file atomically and return its digest (over weights and description)."""
-    state = {name: value.detach().cpu().contiguous() for name, value in autoencoder.state_dict().items()}
+    """Write the file atomically and return its digest, over weights and description: what latents are bound to.
+
+    The certificate has a digest of its own, over it and the file's: certifying the same weights again, on another
+    machine, leaves their latents valid. Raises ValueError for a certificate of other weights.
+    """
+    state = _state(autoencoder)
+    if certificate is not None and certificate["weights"] != _digest(state, ""):
+        raise ValueError("certificate: was made with other weights than are saved. Certify these.")
     description = json.dumps(
         {"autoencoder": to_plain(autoencoder.config), "domains": to_plain(domains), "statistics": statistics}
     )
     digest = _digest(state, description)
+    metadata = {"tokenizer": description, "digest": digest}
+    if certificate is not None:
+        text = json.dumps(certificate)
+        metadata |= {"certificate": text, "certificate_digest": _digest({}, digest + text)}
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, temporary, metadata={"tokenizer": description, "digest": digest})
+    save_file(state, temporary, metadata=metadata)
     os.replace(temporary, path)
     return digest
+
+
+def digest_weights(autoencoder: Autoencoder) -> str:
+    """SHA-256 of all weights and latent statistics, which a certificate names."""
+    return _digest(_state(autoencoder), "")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -53,7 +75,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ConfigError(f"tokenizer={path}: truncated or not safetensors ({error}). Export it again.") from None
-    if "tokenizer" not in metadata or metadata.get("digest") != _digest(state, metadata["tokenizer"]):
+    if _is_altered(metadata, state):
         raise ConfigError(f"tokenizer={path}: altered since it was written (digest differs). Export it again.")
     description = json.loads(metadata["tokenizer"])
     autoencoder = Autoencoder(parse_config(AutoencoderConfig, description["autoencoder"], source=str(path)))
@@ -61,7 +83,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
     domains = {
         name: parse_config(DomainSpec, domain, source=str(path)) for name, domain in description["domains"].items()
     }
-    return Tokenizer(autoencoder.eval().requires_grad_(False), domains, description["statistics"], metadata["digest"])
+    certificate = json.loads(metadata["certificate"]) if "certificate" in metadata else None
+    return Tokenizer(
+        autoencoder.eval().requires_grad_(False), domains, description["statistics"], metadata["digest"], certificate
+    )
+
+
+def _is_altered(metadata: dict[str, str], state: dict[str, Tensor]) -> bool:
+    digest, certificate = metadata.get("digest", ""), metadata.get("certificate")
+    certified = None if certificate is None else _digest({}, digest + certificate)
+    described = "tokenizer" in metadata and digest == _digest(state, metadata["tokenizer"])
+    return not described or metadata.get("certificate_digest") != certified
+
+
+def _state(autoencoder: Autoencoder) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in autoencoder.state_dict().items()}
 
 
 def _digest(state: dict[str, Tensor], description: str) -> str:

@@ -1,11 +1,17 @@
-"""Convolution blocks that respect each axis's boundary condition."""
+"""Convolution blocks that respect each axis's boundary condition and look no further than their kernels reach.
+
+Nothing is normalised over space, so what stands at a position depends on its neighbourhood alone: a field decoded in
+tiles equals the field decoded whole.
+"""
 
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from shodh.fields import Boundary
 
@@ -35,71 +41,91 @@ def depth_to_space(values: Tensor) -> Tensor:
     return rearrange(values, "b (c i j k) x y z -> b c (x i) (y j) (z k)", i=2, j=2, k=2)
 
 
-class BoundaryConv(nn.Module):
-    """A 3x3x3 convolution padded by ``pad_one``."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 3)
-
-    def forward(self, values: Tensor, boundary: Sequence[Boundary]) -> Tensor:
-        return self.conv(pad_one(values, boundary))
-
-
-class ResidualBlock(nn.Module):
-    """Two normalised convolutions added to their input; begins as the identity."""
+class ChannelNorm(nn.Module):
+    """Each position's features over their root mean square, times a gain per channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, width)
-        self.conv1 = BoundaryConv(width, width)
-        self.norm2 = nn.GroupNorm(8, width)
-        self.conv2 = BoundaryConv(width, width)
-        nn.init.zeros_(self.conv2.conv.weight)
+        self.gain = nn.Parameter(torch.ones(width))
 
-    def forward(self, values: Tensor, boundary: Sequence[Boundary]) -> Tensor:
-        hidden = self.conv1(functional.silu(self.norm1(values)), boundary)
-        return values + self.conv2(functional.silu(self.norm2(hidden)), boundary)
+    def forward(self, values: Float[Tensor, "b w x y z"]) -> Float[Tensor, "b w x y z"]:
+        scale = torch.rsqrt(values.float().square().mean(1, keepdim=True) + 1e-4)
+        return values * scale.to(values) * self.gain.to(values).reshape(-1, 1, 1, 1)
 
 
-class Downsample(nn.Module):
-    """Half the resolution: a learned mix of each 2x2x2 cube plus its parameter-free channel average.
+class Convolution(nn.Module):
+    """A convolution whose kernel is kept as a matrix (out, in * size^3), which is what Muon orthogonalises.
 
-    The shortcut follows Chen et al., Deep Compression Autoencoder (2024), section 3.
+    A kernel of 3 is padded by ``pad_one``; one of 1 mixes channels.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, size: int = 3) -> None:
         super().__init__()
-        assert 8 * in_channels % out_channels == 0, f"8*{in_channels} channels do not average into {out_channels}"
-        self.out_channels = out_channels
-        self.mix = nn.Conv3d(8 * in_channels, out_channels, 1)
+        self.shape = (out_channels, in_channels, size, size, size)
+        bound = (in_channels * size**3) ** -0.5
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels * size**3).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
 
-    def forward(self, values: Tensor) -> Tensor:
-        cubes = space_to_depth(values)
-        return self.mix(cubes) + reduce(cubes, "b (c g) x y z -> b c x y z", "mean", c=self.out_channels)
+    def forward(self, values: Tensor, boundary: Sequence[Boundary]) -> Tensor:
+        padded = pad_one(values, boundary) if self.shape[-1] == 3 else values
+        return functional.conv3d(padded, self.weight.reshape(self.shape), self.bias)
+
+    def begin_at_zero(self) -> "Convolution":
+        """The same layer with weights of zero: a residual branch that begins as the identity."""
+        nn.init.zeros_(self.weight)
+        return self
 
 
-class Upsample(nn.Module):
-    """Twice the resolution: a learned mix into each 2x2x2 cube plus parameter-free channel repetition."""
+class ResidualBlock(nn.Module):
+    """A 3x3x3 convolution mixes neighbours, then a gated layer (SwiGLU) mixes channels; begins as the identity."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        assert 8 * out_channels % in_channels == 0, f"{in_channels} channels do not repeat into 8*{out_channels}"
-        self.repeats = 8 * out_channels // in_channels
-        self.mix = nn.Conv3d(in_channels, 8 * out_channels, 1)
+        self.norm1, self.norm2 = ChannelNorm(width), ChannelNorm(width)
+        self.mix = Convolution(width, width).begin_at_zero()
+        self.expand = Convolution(width, 4 * width, 1)
+        self.contract = Convolution(2 * width, width, 1).begin_at_zero()
 
-    def forward(self, values: Tensor) -> Tensor:
-        return depth_to_space(self.mix(values) + values.repeat_interleave(self.repeats, dim=1))
+    def forward(self, values: Tensor, boundary: Sequence[Boundary]) -> Tensor:
+        values = values + self.mix(functional.silu(self.norm1(values)), boundary)
+        gate, hidden = self.expand(self.norm2(values), boundary).chunk(2, 1)
+        return values + self.contract(functional.silu(gate) * hidden, boundary)
 
 
 class BlockStack(nn.Module):
-    """Residual blocks at one resolution."""
+    """Residual blocks at one resolution; with ``recompute`` their activations are made again in the backward pass."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, width: int, depth: int, recompute: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
+        self.recompute = recompute
 
     def forward(self, values: Tensor, boundary: Sequence[Boundary]) -> Tensor:
         for block in self.blocks:
-            values = block(values, boundary)
+            if self.recompute and self.training:
+                values = checkpoint(block, values, boundary, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                values = block(values, boundary)
         return values
+
+
+class Downsample(nn.Module):
+    """Half the resolution: a learned mix of each 2x2x2 cube."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.mix = Convolution(8 * in_channels, out_channels, 1)
+
+    def forward(self, values: Tensor, boundary: Sequence[Boundary]) -> Tensor:
+        return self.mix(space_to_depth(values), boundary)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: a learned mix into each 2x2x2 cube."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.mix = Convolution(in_channels, 8 * out_channels, 1)
+
+    def forward(self, values: Tensor, boundary: Sequence[Boundary]) -> Tensor:
+        return depth_to_space(self.mix(values, boundary))

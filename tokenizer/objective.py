@@ -1,5 +1,7 @@
 """What the tokenizer minimises."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +10,11 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from shodh.fields import FieldBatch
+from shodh.fields import Boundary, FieldBatch
+from shodh.physics.spectra import fourier_modes, mode_wavenumbers, octave_of
 from tokenizer.autoencoder import Decoded
+
+SILENT = 1e-3  # share of the energy below which an octave is not worth having
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +23,7 @@ class ReconstructionConfig:
 
     pressure_weight: float = 0.1
     gradient_weight: float = 0.1
+    spectrum_weight: float = 0.08
     variance_floor: float = 0.1  # of the normalised field; keeps nearly silent snapshots from dominating
 
 
@@ -47,8 +53,34 @@ def reconstruction_loss(decoded: Decoded, batch: FieldBatch, config: Reconstruct
             for dim in (-3, -2, -1)
         ]
     ).mean()
+    spectrum = octave_error(decoded.velocity, batch.velocity, batch.grid.boundary)
     total = velocity + config.pressure_weight * pressure + config.gradient_weight * gradient
-    return {"total": total, "velocity": velocity, "pressure": pressure, "gradient": gradient}
+    total = total + config.spectrum_weight * spectrum
+    return {"total": total, "velocity": velocity, "pressure": pressure, "gradient": gradient, "spectrum": spectrum}
+
+
+def octave_error(
+    prediction: Float[Tensor, "b 3 x y z"], truth: Float[Tensor, "b 3 x y z"], boundary: Sequence[Boundary]
+) -> Float[Tensor, ""]:
+    """Mean square of log(decoded / true energy) over octaves of wavenumber, those beyond Nyquist one more.
+
+    Squared errors alone leave out what cannot be told from the latents, which are the small scales. An octave with
+    less than ``SILENT`` of the energy counts as if it had that much.
+    """
+    predicted, true = (octave_energy(velocity, boundary) for velocity in (prediction, truth))
+    floor = SILENT * reduce(true, "b k -> b 1", "sum") + 1e-12
+    return torch.log((predicted + floor) / (true + floor)).square().mean()
+
+
+def octave_energy(velocity: Float[Tensor, "b 3 x y z"], boundary: Sequence[Boundary]) -> Float[Tensor, "b k"]:
+    """Energy of the fluctuations in each octave of wavenumber, and beyond Nyquist; in FP32, differentiable."""
+    with torch.autocast(velocity.device.type, enabled=False):
+        modes = fourier_modes(velocity.float(), tuple(boundary), on_faces=True)
+        energy = reduce(modes.abs().square() if modes.is_complex() else modes.square(), "b f x y z -> b (x y z)", "sum")
+        shape = (velocity.shape[2], velocity.shape[3], velocity.shape[4])
+        num_octaves = int(math.log2(min(shape))) - 1
+        octave = octave_of(mode_wavenumbers(shape, tuple(boundary), velocity.device), num_octaves)
+        return energy.new_zeros(len(energy), num_octaves + 1).index_add(1, octave.flatten(), energy)
 
 
 def relative_error(

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import cpu_environment, deepspeed_command
 
+from tokenizer.export import load_tokenizer
+
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("fwi", "open_channel", "porous_media")
 LONG = ["loop.schedule.num_steps=40", "checkpoint_interval=5", "measure_interval=20"]  # long enough to be killed
@@ -117,11 +119,31 @@ def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
         assert {"velocity", "pressure"} <= set(block["tokenizer"]["vrmse"])
         assert block["latent_mse"] > 0 and block["decoded_mse"] > 0
         assert {"1", "2-5", "last"} <= set(block["rollout"]["vrmse"])
+        assert block["reconstruction"]["vrmse"]["velocity"] == pytest.approx(block["tokenizer"]["vrmse"]["velocity"])
+        assert block["reconstruction"]["highest_octave_energy_ratio"] > 0
+        assert (block["reconstruction"]["permeability"] is None) == (name != "porous_media")
+        assert block["latents"]["smoothness"]["velocity"]["largest_gain"] > 0 and block["latents"]["round_trip"] > 0
         assert len(block["routing"]["load"]) == 2 and {"purity", "mutual_information"} <= set(block["routing"])
         assert all(abs(sum(load) - 1) < 1e-6 for load in block["routing"]["load"])
         assert name in done.stdout
     report = (pretrained / "run" / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 9 and "http://" not in report
+
+
+def test_exported_tokenizer_ships_its_certificate_and_is_certified_again_on_held_out_fields(prepared):
+    shipped = load_tokenizer(prepared / "run" / "tokenizer.safetensors").certificate
+    assert shipped is not None and shipped["verdict"] == "exact" and set(shipped["domains"]) == set(DOMAINS)
+    call = command("evaluate_model.py", prepared)
+    done = subprocess.run(
+        [*call[:2], "certificate", *call[2:]], cwd=ROOT, env=cpu_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    certificate = json.loads((prepared / "run" / "certificate.json").read_text())
+    assert certificate["verdict"] == "exact" and certificate["weights"] == shipped["weights"]
+    for blocks in certificate["domains"].values():
+        assert [b["decoded"] for b in blocks].count("held-out fields") == 1
+    (held_out,) = (b for b in certificate["domains"]["porous_media"] if b["decoded"] == "held-out fields")
+    assert held_out["solid_flux"]["max_before"] > 0 and held_out["solid_flux"]["max_after"] == 0.0
 
 
 def one_line_error(done: subprocess.CompletedProcess[str]) -> str:

@@ -81,7 +81,7 @@ def test_latents_are_8_times_coarser_and_white_after_measuring(model):
     assert latents.shape[-3:] == (2, 2, 2)
     rows = latents.movedim(1, -1).flatten(0, -2)
     torch.testing.assert_close(rows.mean(0), torch.zeros(8), rtol=0, atol=1e-4)
-    torch.testing.assert_close(rows.std(0), torch.ones(8), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.cov(rows.T, correction=0), torch.eye(8), rtol=0, atol=1e-3)  # FP32, 1 / 1e-3
 
 
 def test_whitening_does_not_change_what_is_decoded(model):
@@ -123,14 +123,14 @@ def test_field_with_nan_is_refused_in_one_line(model):
     batch = make_batch(make_domain())
     batch.velocity[0, 0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        model.encode(batch)
+        model.eval().encode(batch)
 
 
-def test_widths_that_do_not_fit_are_refused():
+def test_widths_that_are_too_small_are_refused():
     with pytest.raises(ValueError, match="widths"):
-        AutoencoderConfig(widths=(8, 12, 32))
+        AutoencoderConfig(widths=(4, 12, 32))
 
 
 def test_objective_reports_its_terms(model):
     terms, _ = ReconstructionObjective(ReconstructionConfig())(model, make_batch(make_domain()))
-    assert set(terms) == {"total", "velocity", "pressure", "gradient"} and terms["total"].requires_grad
+    assert set(terms) == {"total", "velocity", "pressure", "gradient", "spectrum"} and terms["total"].requires_grad

@@ -6,7 +6,7 @@ from conftest import make_batch, make_domain
 
 from shodh.config import ConfigError
 from tokenizer.autoencoder import Autoencoder, AutoencoderConfig
-from tokenizer.export import load_tokenizer, save_tokenizer
+from tokenizer.export import digest_weights, load_tokenizer, save_tokenizer
 
 
 @pytest.fixture
@@ -45,3 +45,47 @@ def test_truncated_file_is_refused(saved):
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load_tokenizer(tmp_path / "none.safetensors")
+
+
+def certify_zeros(model: Autoencoder) -> dict:
+    return {"verdict": "exact", "failures": [], "weights": digest_weights(model), "num_fields": 1, "domains": {}}
+
+
+def test_certificate_comes_back_with_the_file_and_leaves_its_latents_valid(saved, tmp_path):
+    model, path, digest = saved
+    assert load_tokenizer(path).certificate is None
+    certified = tmp_path / "certified.safetensors"
+    scales = load_tokenizer(path).statistics
+    save_tokenizer(certified, model, {"anything": make_domain()}, scales, certify_zeros(model))
+    loaded = load_tokenizer(certified)
+    assert loaded.certificate == certify_zeros(model) and loaded.digest == digest
+    assert digest_weights(loaded.autoencoder) == certify_zeros(model)["weights"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (b'\\"exact\\"', b'\\"wrong\\"'),
+        (b'num_fields\\": 1', b'num_fields\\": 9'),
+        (b'"certificate":', b'"certificats":'),
+    ],
+)
+def test_altered_certificate_is_refused(saved, tmp_path, change):
+    model, *_ = saved
+    path = tmp_path / "certified.safetensors"
+    save_tokenizer(path, model, {"anything": make_domain()}, {}, certify_zeros(model))
+    data = path.read_bytes()
+    old, new = change
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(ConfigError, match="altered"):
+        load_tokenizer(path)
+
+
+def test_certificate_of_other_weights_is_refused(saved, tmp_path):
+    model, *_ = saved
+    certificate = certify_zeros(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="other weights"):
+        save_tokenizer(tmp_path / "t.safetensors", model, {"anything": make_domain()}, {}, certificate)
