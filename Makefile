@@ -2,7 +2,9 @@
 # make test       set up and run the tests
 # make check      lint, types, tests
 # make faults     hundreds of damaged stores and sources, none of which may be read silently
-# make benchmarks reading and a training step with it against what is fastest elsewhere
+# make exactness  divergence of thousands of decodes, which must be exactly 0
+# make ladder     three tokenizers of different rates against the best linear codes: an hour of CPU each
+# make benchmarks reading and a training step with it against what is fastest elsewhere; what the tokenizer's parts cost
 # Every step of `make pretrain` continues where it stopped or says that it is done.
 
 PYTHON ?= python3
@@ -19,7 +21,7 @@ export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
 endif
 
-.PHONY: setup pretrain test test-slow faults benchmarks lint check clean
+.PHONY: setup pretrain test test-slow faults exactness ladder benchmarks lint check clean
 
 setup: .venv/installed
 
@@ -44,8 +46,16 @@ test-slow: setup
 faults: setup
 	$(BIN)/python -m pytest -s -m faults
 
+exactness: setup
+	$(BIN)/python benchmarks/exactness.py
+
+ladder: setup
+	$(BIN)/python launch/generate_data.py configs/generate_data/quickstart.yaml
+	$(BIN)/python benchmarks/rate_ladder.py --plot docs/rate_ladder.png
+
 benchmarks: setup
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/tokenizer.py
 
 lint: setup
 	$(BIN)/ruff check --output-format concise .

@@ -6,6 +6,7 @@ figure is one printed line (name, value, p10-p90, target, holds or short) and on
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -14,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-FOLDER = Path(__file__).resolve().parents[1] / "runs" / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # before this folder, whose tokenizer.py would be taken for the package of that name
+FOLDER = ROOT / "runs" / "benchmarks"
 CONTROLLED = "1.00 +-"  # how the target of a control begins
 CONTROL = 0.02  # by how much a thing's ratio to itself may differ from 1
 
