@@ -33,8 +33,8 @@ def compose_velocity(
     """The velocity on lower faces that the potentials stand for, in lattice units; no flux through walls."""
     if space == "irrotational":
         return gradient_of_cells(potentials.scalar, boundary)
-    passable = torch.tensor([b != "wall" for b in boundary], device=potentials.mean_flow.device)
-    mean_flow = torch.where(passable, potentials.mean_flow, 0.0)
+    flows = zip(potentials.mean_flow.unbind(1), boundary, strict=True)
+    mean_flow = torch.stack([torch.zeros_like(flow) if b == "wall" else flow for flow, b in flows], 1)
     flux = curl_of_edges(potentials.circulation, boundary) + rearrange(mean_flow, "b f -> b f 1 1 1")
     return flux if space == "solenoidal" else flux + gradient_of_cells(potentials.scalar, boundary)
 
