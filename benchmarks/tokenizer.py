@@ -22,6 +22,8 @@ from tokenizer_accelerator import measure_accelerator
 from tokenizer_decode import compare_heads, compare_snapping, compare_tiling
 from tokenizer_stem import StemTraining, compare_stems
 
+from shodh.device import find_device
+
 PARTS = ("head", "snapping", "tiling", "stem", "accelerator")
 
 
@@ -52,7 +54,7 @@ def measure(part: str, options: argparse.Namespace) -> list[Figure]:
     if part == "stem":
         return compare_stems(StemTraining(num_steps=60, batch_size=2) if quick else StemTraining(), options.stores)
     if options.device == "cuda":
-        return measure_accelerator(torch.device("cuda"), num_cells=128, num_rounds=11)
+        return measure_accelerator(find_device(), num_cells=128, num_rounds=11)
     if options.rehearse:
         return measure_accelerator(torch.device("cpu"), num_cells=16, num_rounds=1)
     print("accelerator: not measured, no --device cuda")

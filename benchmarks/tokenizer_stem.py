@@ -24,8 +24,8 @@ from shodh.training.optimizers import build_optimizer
 from shodh.training.schedule import ScheduleConfig, learning_rate_at
 from tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from tokenizer.encoder import Encoder
-from tokenizer.helmholtz_head import HelmholtzHead, as_potentials, upsample_smoothly, velocity_from_potentials
-from tokenizer.layers import BlockStack, Convolution, Downsample, Upsample, depth_to_space
+from tokenizer.helmholtz_head import OUTPUTS, HelmholtzHead, as_potentials, upsample_smoothly, velocity_from_potentials
+from tokenizer.layers import BlockStack, Convolution, Downsample, Upsample, depth_to_space, pad_one
 from tokenizer.objective import ReconstructionConfig, reconstruction_loss
 
 DOMAINS = (acoustics.DOMAIN, open_channel.DOMAIN, porous_media.DOMAIN)
@@ -71,11 +71,14 @@ class FullResolutionHead(nn.Module):
         self, features: tuple[Tensor, Tensor, Tensor], mean_flow: Tensor, domain: DomainSpec
     ) -> tuple[Potentials, Tensor]:
         coarse, middle, fine = features
-        boundary, full = domain.boundary, replace(domain, velocity_space="full", boundary=("periodic",) * 3)
-        values = upsample_smoothly(self.inner.begin(coarse, middle, boundary), boundary)
+        boundary = domain.boundary
+        outputs = list(OUTPUTS[domain.velocity_space])
+        values = upsample_smoothly(self.inner.begin(coarse, middle, boundary, outputs), boundary)
         detail = functional.silu(self.inner.norms[2](self.blocks(self.up(fine, boundary), boundary)))
-        values = upsample_smoothly(values, boundary) + self.inner.fine(detail, boundary)
-        return as_potentials(values[:, :4], mean_flow, full), values[:, 4:]
+        kernel = self.inner.fine.weight.reshape(self.inner.fine.shape)[outputs]
+        detail = functional.conv3d(pad_one(detail, boundary), kernel, self.inner.fine.bias[outputs])
+        values = upsample_smoothly(values, boundary) + detail
+        return as_potentials(values[:, :-1], mean_flow, domain), values[:, -1:]
 
 
 def convolve_at_full_resolution(model: Autoencoder, with_blocks: bool = False) -> Autoencoder:
@@ -130,7 +133,7 @@ class Trainer:
     def __init__(self, training: StemTraining, change: Callable[[Autoencoder], Autoencoder]) -> None:
         torch.manual_seed(0)
         self.model = change(Autoencoder(AutoencoderConfig()))
-        self.optimizer = build_optimizer(self.model, "adamw", 0.01, (0.9, 0.95))
+        self.optimizer = build_optimizer(self.model, "muon", 0.01, (0.9, 0.95))
         self.schedule = ScheduleConfig(
             num_steps=training.num_steps,
             learning_rate=training.learning_rate,

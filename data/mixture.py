@@ -31,6 +31,7 @@ from shodh.fields import FieldBatch, LatentBatch
 T = TypeVar("T")
 Arrays = tuple[np.ndarray, ...]
 
+CPU = torch.device("cpu")
 NUM_STATES = 3  # previous, current, following
 
 
@@ -74,8 +75,10 @@ class FieldMixture:
         self._buffers = Buffers()
         self._readers = ThreadPoolExecutor(config.read_threads, "read")
 
-    def batch(self, step: int, micro_step: int = 0, rank: int = 0, world: int = 1) -> FieldBatch:
-        """This rank's part of the batch of a micro step."""
+    def batch(
+        self, step: int, micro_step: int = 0, rank: int = 0, world: int = 1, device: torch.device = CPU
+    ) -> FieldBatch:
+        """This rank's part of the batch of a micro step; samples are moved along their axes where they are going."""
         config = self.config
         turn = step * config.accumulation + micro_step
         domain = self._turns.domain(turn)
@@ -85,7 +88,11 @@ class FieldMixture:
         velocity, pressure, medium = (take(len(positions), channels, *store.grid.shape) for channels in (3, 1, 1))
         slots = velocity.unbind(), pressure.unbind(), medium.unbind()
         list(self._readers.map(partial(self._read, domain), positions, *slots))  # raises what a reader raised
-        return FieldBatch(velocity, pressure, medium, store.domain, store.grid)
+        batch = FieldBatch(velocity, pressure, medium, store.domain, store.grid).to(device)
+        if config.augment:
+            for i, position in enumerate(positions):
+                _translate(batch, i, _random_shifts(store, (config.seed, domain, 1, position)))
+        return batch
 
     def first(self, num_turns: int) -> Iterator[FieldBatch]:
         """The first batches in order, micro steps and all, so that every domain has its turns."""
@@ -105,10 +112,6 @@ class FieldMixture:
 
         still = medium[0].numpy()
         self._media.fill((domain, trajectory), (still,), read_medium)
-        if self.config.augment:
-            shifts = _random_shifts(store, (self.config.seed, domain, 1, position))
-            for field in (velocity, pressure, medium):
-                field.copy_(torch.roll(field, shifts, (-3, -2, -1)))
 
 
 class LatentMixture:
@@ -123,7 +126,9 @@ class LatentMixture:
         self._states = [_states(store, config.split, NUM_STATES) for store in self.stores]
         self._cache = _Cache(config.cache_bytes)
 
-    def batch(self, step: int, micro_step: int = 0, rank: int = 0, world: int = 1) -> LatentBatch:
+    def batch(
+        self, step: int, micro_step: int = 0, rank: int = 0, world: int = 1, device: torch.device = CPU
+    ) -> LatentBatch:
         """This rank's part of the batch of a micro step."""
         config = self.config
         first = (step * config.accumulation + micro_step) * config.batch_size
@@ -133,7 +138,7 @@ class LatentMixture:
         previous, current, following, medium, parameters = (
             torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True)
         )
-        return LatentBatch(previous, current, following, medium, parameters, torch.tensor(domains))
+        return LatentBatch(previous, current, following, medium, parameters, torch.tensor(domains)).to(device)
 
     def _sample(self, domain: int, position: int) -> Arrays:
         store, states = self.stores[domain], self._states[domain]
@@ -150,16 +155,28 @@ class LatentMixture:
 def stream(
     mixture: FieldMixture | LatentMixture, first_step: int, device: torch.device, rank: int = 0, world: int = 1
 ) -> Generator[FieldBatch | LatentBatch]:
-    """This rank's micro-batches in order from ``first_step`` on, made ahead in a thread and moved to ``device``."""
+    """This rank's micro-batches on ``device`` in order from ``first_step`` on, made and moved there ahead in a thread.
+
+    On CUDA the thread has a stream of its own, so that copies do not wait for training, nor training for them.
+    """
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def produce() -> Iterator[FieldBatch | LatentBatch]:
         for step in count(first_step):
             for micro_step in range(mixture.config.accumulation):
-                yield mixture.batch(step, micro_step, rank, world)
+                with torch.cuda.stream(beside):
+                    batch = mixture.batch(step, micro_step, rank, world, device)
+                if beside is not None:
+                    beside.synchronize()
+                yield batch
 
     with closing(prefetch(produce)) as batches:
         for batch in batches:
-            yield batch.to(device)
+            if device.type == "cuda":  # its memory is not given to the next one before training has used it
+                for values in batch:
+                    if isinstance(values, Tensor):
+                        values.record_stream(torch.cuda.current_stream(device))
+            yield batch
 
 
 def rank_slice(batch_size: int, rank: int, world: int) -> range:
@@ -280,6 +297,13 @@ def _states(store: Store | LatentStore, split: Split, num_successive: int) -> li
     if not states:
         raise ConfigError(f"store={store.path}: no {num_successive} successive snapshots. Generate more.")
     return states
+
+
+def _translate(batch: FieldBatch, sample: int, shifts: list[int]) -> None:
+    """Move one sample's fields along x, y, z in place."""
+    if any(shifts):
+        for fields in (batch.velocity, batch.pressure, batch.medium):
+            fields[sample] = torch.roll(fields[sample], shifts, (-3, -2, -1))
 
 
 def _random_shifts(store: Store, key: tuple[int, ...]) -> list[int]:

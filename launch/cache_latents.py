@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> None:
 
     from data.latents import write_latents
     from shodh.config import load_config
+    from shodh.device import find_device
     from tokenizer.budget import describe_plan, encode_within
     from tokenizer.export import load_tokenizer
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     stores = open_stores(config.stores, config.domains)
     torch.set_num_threads(config.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     autoencoder = tokenizer.autoencoder.to(device)
     scales = [require_tokenizer(tokenizer, store) for store in stores]
     max_bytes = memory_to_use(device, config.max_gigabytes)

@@ -12,7 +12,7 @@ from shodh.training.engine import EngineConfig
 from shodh.training.loop import LoopConfig
 from shodh.training.objectives import ForecastConfig
 from shodh.training.tracking import TrackingConfig
-from tokenizer.autoencoder import AutoencoderConfig
+from tokenizer.autoencoder import AutoencoderConfig, describe_network
 from tokenizer.objective import ReconstructionConfig
 
 
@@ -119,10 +119,13 @@ def require_positive(config: object, *names: str) -> None:
 def identity_of(config: "TokenizerTraining | Pretraining") -> dict[str, Any]:
     """The part of a training config that decides its result; a run is continued only with the same."""
     plain = to_plain(config)
-    decisive = ("batch_size", "accumulation", "optimizer", "gradient_clipping", "weight_decay")
+    decisive = ("batch_size", "accumulation", "optimizer", "precision", "betas", "gradient_clipping", "weight_decay")
     engine = {key: plain["engine"][key] for key in decisive}
-    kept = ("domains", "autoencoder", "model", "objective", "loop", "augment", "weights")
-    return {key: plain[key] for key in kept if key in plain} | {"engine": engine}
+    kept = ("domains", "model", "objective", "loop", "augment", "weights")
+    identity = {key: plain[key] for key in kept if key in plain} | {"engine": engine}
+    if isinstance(config, TokenizerTraining):
+        identity["autoencoder"] = describe_network(config.autoencoder)
+    return identity
 
 
 def mixture_config(config: "TokenizerTraining | Pretraining") -> MixtureConfig:

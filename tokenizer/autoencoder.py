@@ -2,18 +2,19 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from shodh.config import to_plain
 from shodh.fields import DecodedFields, DomainSpec, FieldBatch, Grid
 from shodh.physics.helmholtz import Potentials
 from tokenizer.decoder import Decoder
 from tokenizer.encoder import Encoder
-from tokenizer.helmholtz_head import HelmholtzHead, exact_flux, face_measure, velocity_from_potentials
+from tokenizer.helmholtz_head import HelmholtzHead, exact_flux, face_area, face_measure, velocity_from_potentials
 
 DOWNSAMPLING = 8
 BOUND = 10.0  # of what the encoder writes, apart from the mean flow; some 10 times what it usually is
@@ -35,6 +36,11 @@ class AutoencoderConfig:
             raise ValueError(f"latent_channels={self.latent_channels}: the mean flow needs 3. Raise it.")
         if self.medium_channels < 1 or min(self.widths) < 8 or min(*self.encoder_depths, *self.decoder_depths) < 0:
             raise ValueError("autoencoder: medium_channels from 1, widths from 8 and depths from 0 make a network.")
+
+
+def describe_network(config: AutoencoderConfig) -> dict[str, Any]:
+    """The config as YAML would hold it but ``recompute``: that changes what training costs, not what comes of it."""
+    return {name: value for name, value in to_plain(config).items() if name != "recompute"}
 
 
 class Decoded(NamedTuple):
@@ -141,9 +147,8 @@ class Autoencoder(nn.Module):
 
 def mean_flow(velocity: Float[Tensor, "b 3 x y z"], grid: Grid) -> Float[Tensor, "b 3"]:
     """The velocity of the flux through the box along each axis: mean over the faces, weighted by their areas."""
-    area = grid.face_area
-    weight = torch.from_numpy(area / area.mean((1, 2, 3), keepdims=True)).to(velocity)
-    return reduce(velocity * weight, "b f x y z -> b f", "mean")
+    area = face_area(grid, velocity.device)
+    return reduce(velocity * (area / area.mean((1, 2, 3), keepdim=True)), "b f x y z -> b f", "mean")
 
 
 def set_mean_flow(latent: Float[Tensor, "b c i j k"], flow: Float[Tensor, "b 3"]) -> Float[Tensor, "b c i j k"]:

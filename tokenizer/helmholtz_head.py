@@ -150,6 +150,11 @@ def to_grid(potentials: Potentials, grid: Grid) -> Potentials:
     return Potentials(potentials.circulation * lengths.edge, potentials.scalar, flow)
 
 
+def face_area(grid: Grid, device: torch.device) -> Float[Tensor, "3 x y z"]:
+    """Areas of lower faces in units of the mean cell size; an axis along which nothing varies may have size 1."""
+    return _lengths(grid, torch.float32, device).area
+
+
 def face_measure(domain: DomainSpec, grid: Grid, device: torch.device) -> Float[Tensor, "3 x y z"]:
     """What turns a velocity into what is stored: the face's area, or the distance across it if irrotational."""
     lengths = _lengths(grid, torch.float32, device)

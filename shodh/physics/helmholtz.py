@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from shodh.fields import Boundary, Grid, VelocitySpace
@@ -56,7 +56,7 @@ def snap_potentials(potentials: Potentials, space: VelocitySpace = "full") -> Po
         )
     _, exponent = torch.frexp(largest)  # largest < 2^exponent
     exponent = (exponent - 23).clamp_min(-120)
-    step, inverse = (torch.ldexp(torch.ones_like(largest), power).float() for power in (exponent, -exponent))
+    step, inverse = (_power_of_two(power) for power in (exponent, -exponent))
 
     def snap(values: Tensor, use: bool) -> Tensor:
         if not use:
@@ -65,6 +65,11 @@ def snap_potentials(potentials: Potentials, space: VelocitySpace = "full") -> Po
         return (values.float() * inverse.reshape(shape)).round_().mul_(step.reshape(shape))  # powers of 2 lose nothing
 
     return Potentials(*(snap(values, use) for values, use in zip(potentials, used, strict=True)))
+
+
+def _power_of_two(exponent: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+    """2^exponent in FP32, written into its bits, because a device's own power function may be off in the last one."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 def _largest(values: Float[Tensor, "b *s"]) -> Float[Tensor, "b"]:

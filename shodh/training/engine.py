@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from shodh.config import ConfigError
+from shodh.device import find_device
 from shodh.training.optimizers import ADAMW_MOMENTS, OptimizerName, build_optimizer, create_moments
 
 # What EngineConfig's own fields decide in DeepSpeed's JSON.
@@ -75,13 +76,13 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and
     leaves 69 MB a rank in /dev/shm.
     """
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(threads_per_rank)
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    device = find_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(threads_per_rank)
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -89,11 +90,7 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     try:
         yield ProcessGroup(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:

@@ -29,16 +29,24 @@ def single_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def load(optimizer: str) -> TokenizerTraining:
-    return load_config(TokenizerTraining, CONFIG, [f"engine.optimizer={optimizer}", "engine.zero_stage=0"])
+def load(*overrides: str) -> TokenizerTraining:
+    return load_config(TokenizerTraining, CONFIG, [*overrides, "engine.zero_stage=0"])
 
 
-@pytest.mark.parametrize(("old", "new"), [("adamw", "muon"), ("muon", "adamw")])
-def test_a_run_is_not_continued_with_another_optimizer(tmp_path, single_process, old, new):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("engine.optimizer=adamw", "engine.optimizer=muon"),
+        ("engine.optimizer=muon", "engine.optimizer=adamw"),
+        ("engine.precision=fp32", "engine.precision=bf16"),
+    ],
+)
+def test_a_run_is_not_continued_with_another_optimizer_or_precision(tmp_path, single_process, old, new):
     run = {"identity": identity_of(load(old)), "record": {"config": {"seed": 0}}}
     kept = write_checkpoint(tmp_path / "checkpoints" / "tokenizer", 3, {"optimizer/step": torch.tensor(3)}, run)
     config = load(new)
-    with pytest.raises(ConfigError, match=rf"another configuration \(engine.optimizer: {old} -> {new}\)") as caught:
+    message = rf"another configuration \({old.replace('=', ': ')} -> {new.partition('=')[2]}\)"
+    with pytest.raises(ConfigError, match=message) as caught:
         train_resumably(
             None,
             NeverCalled(),
@@ -54,3 +62,8 @@ def test_a_run_is_not_continued_with_another_optimizer(tmp_path, single_process,
             tokens_per_step=1,
         )
     assert "\n" not in str(caught.value) and kept.is_dir()
+
+
+def test_what_only_changes_the_cost_of_training_does_not_change_a_run_s_identity():
+    assert identity_of(load("autoencoder.recompute=true")) == identity_of(load())
+    assert identity_of(load("engine.threads_per_rank=2")) == identity_of(load())
