@@ -50,7 +50,7 @@ exactness: setup
 	$(BIN)/python benchmarks/exactness.py
 
 ladder: setup
-	$(BIN)/python launch/generate_data.py configs/generate_data/quickstart.yaml
+	$(BIN)/python launch/generate_data.py configs/generate_data/ladder.yaml
 	$(BIN)/python benchmarks/rate_ladder.py --plot docs/rate_ladder.png
 
 benchmarks: setup

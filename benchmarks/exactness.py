@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from exactness_weights import draw_flow, draw_smooth, make_domain, make_weights, randomise
+from exactness_weights import Weights, draw_flow, draw_smooth, make_domain, make_weights, randomise
 from figures import Figure, at_least, at_most, report, stated
 from torch import Tensor
 from tqdm import tqdm
@@ -78,13 +78,13 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(0)
     thin = 8 if options.quick else 1
     with tempfile.TemporaryDirectory(prefix="shodh-exactness-") as scratch:
-        models = make_weights(Path(scratch), num_steps=6 if options.quick else 40)
+        weights = make_weights(Path(scratch), num_steps=6 if options.quick else 40)
     if options.tokenizer:
-        models[f"file {options.tokenizer.name}"] = load_tokenizer(options.tokenizer).autoencoder
+        weights[f"file {options.tokenizer.name}"] = Weights(load_tokenizer(options.tokenizer).autoencoder)
     figures, num = [], 0
     with torch.no_grad():
         sizes = (16, 32) if options.quick else (16, 32, 64, 128)
-        for name, batches in name_groups(models, thin, sizes):
+        for name, batches in name_groups(weights, thin, sizes):
             claims = list(tqdm(batches, desc=name, unit="batch", mininterval=1.0))
             figures += summarise(name, claims)
             num += sum(claim.num for claim in claims)
@@ -95,13 +95,11 @@ def main(arguments: list[str]) -> int:
     return report("exactness_quick" if options.quick else "exactness", figures)
 
 
-def name_groups(
-    models: dict[str, Autoencoder], thin: int, sizes: Sequence[int]
-) -> Iterator[tuple[str, Iterator[Claims]]]:
+def name_groups(weights: dict[str, Weights], thin: int, sizes: Sequence[int]) -> Iterator[tuple[str, Iterator[Claims]]]:
     """Batches of decodes by what they show."""
-    for name, model in models.items():
-        yield name, sweep(model, list_mixtures()[::thin], low_precision="bf16" in name)
-    yield "latents of scale 1e-6 to 1e6", sweep_scales(models["random weights"], thin)
+    for name, (model, low_precision) in weights.items():
+        yield name, sweep(model, list_mixtures()[::thin], low_precision=low_precision)
+    yield "latents of scale 1e-6 to 1e6", sweep_scales(weights["random weights"].model, thin)
     default = randomise(Autoencoder(AutoencoderConfig())).eval().requires_grad_(False)
     for n in sizes:
         yield f"default network, {n}^3", sweep(default, list_large(n), num=2 if n < 64 else 1)

@@ -1,6 +1,7 @@
 """The weights that benchmarks/exactness.py decodes with, and the random flows that they are trained on."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import figures  # noqa: F401 - lets `tokenizer` be the package, not the benchmark beside this file
 import torch
@@ -17,19 +18,28 @@ from tokenizer.helmholtz_head import face_measure
 SMALL = AutoencoderConfig(latent_channels=8, medium_channels=4, widths=(8, 16, 32))
 
 
-def make_weights(folder: Path, num_steps: int) -> dict[str, Autoencoder]:
+class Weights(NamedTuple):
+    """A model, and whether it was trained under bfloat16 autocast and so shall decode under it too."""
+
+    model: Autoencoder
+    low_precision: bool = False
+
+
+def make_weights(folder: Path, num_steps: int) -> dict[str, Weights]:
     """Models by how their weights came to be; the files that some of them went through are left in ``folder``."""
     trained, low = Autoencoder(SMALL), Autoencoder(SMALL)
     train(trained, num_steps, low_precision=False)
     train(low, num_steps, low_precision=True)
     models = {
-        "random weights": randomise(Autoencoder(SMALL)),
-        "trained": trained,
-        "trained in bf16": low,
-        "reloaded from a checkpoint": reload_from_checkpoint(trained, folder),
-        "exported and loaded": export_and_load(low, folder),
+        "random weights": Weights(randomise(Autoencoder(SMALL))),
+        "trained": Weights(trained),
+        "trained in bf16": Weights(low, low_precision=True),
+        "reloaded from a checkpoint": Weights(reload_from_checkpoint(trained, folder)),
+        "exported and loaded": Weights(export_and_load(low, folder), low_precision=True),
     }
-    return {name: model.eval().requires_grad_(False) for name, model in models.items()}
+    for weights in models.values():
+        weights.model.eval().requires_grad_(False)
+    return models
 
 
 @torch.no_grad()

@@ -1,19 +1,21 @@
 """The rate ladder: one tokenizer per number of latent channels, against the best linear code of as many values.
 
-    python benchmarks/rate_ladder.py [--stores stores/quickstart] [--rungs 4 16 64] [--cpu-minutes 60] [--jobs 1]
-        [--seed 0] [--set key=value ...] [--evaluate-only] [--plot docs/rate_ladder.png] [--quick]
+    python benchmarks/rate_ladder.py [--stores stores/ladder] [--rungs 4 16 64] [--cpu-minutes 60] [--jobs 1]
+        [--seed 0] [--set key=value ...] [--runs runs/ladder] [--evaluate-only] [--plot docs/rate_ladder.png] [--quick]
 
 Each rung is trained by launch/train_tokenizer.py on one core (configs/train_tokenizer/ladder.yaml), into
-runs/ladder/cC; killed, the same command continues. Its CPU time, start-up and certificate included, is what the kernel
-counted. On held-out trajectories: the velocity VRMSE of every domain over that of the block KLT of C values a block,
-one basis for all domains, fitted on the same training fields, equally many of each; beside it the KLT of as many values
-as state and medium latents have together; and the energy of the highest resolved octave over the truth's.
+RUNS/cC; killed, the same command continues; what decides its weights must be the same, or RUNS another folder. Its CPU
+time, start-up and certificate included, is what the kernel counted. On held-out trajectories: the velocity VRMSE of
+every domain over that of the block KLT of C values a block, one basis for all domains, fitted on the same training
+fields, equally many of each; beside it the KLT of as many values as state and medium latents have together; and the
+energy of the highest resolved octave over the truth's.
 """
 
 import argparse
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,28 +24,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from figures import ROOT, Figure, at_least, at_most, report, stated
-from rate_ladder_plot import plot_ladder
-from rate_ladder_rungs import Rung, measure_rung, read_cpu_seconds, train_rung
 
 sys.path.append(str(ROOT / "launch"))
 
-from parts import open_stores, training_velocities  # noqa: E402 - beside the launch scripts
+from parts import open_stores, require_tokenizer, training_velocities  # noqa: E402 - beside the launch scripts
+from rate_ladder_identity import read_settings, require_same_training  # noqa: E402
+from rate_ladder_plot import plot_ladder  # noqa: E402
+from rate_ladder_rungs import Rung, measure_rung, read_cpu_seconds, set_rung, train_rung  # noqa: E402
 
 from data.reader import Store  # noqa: E402
-from data.statistics import measure_statistics  # noqa: E402
-from shodh.config import to_plain  # noqa: E402
+from data.statistics import FieldStatistics  # noqa: E402
+from shodh.config import ConfigError, to_plain  # noqa: E402
 from tokenizer.block_klt import BlockKLT  # noqa: E402
 from tokenizer.export import Tokenizer, load_tokenizer  # noqa: E402
 
-DOMAINS = ("fwi", "open_channel", "porous_media")
 MOST_ERROR = 0.7  # of the KLT's: 30 % below
 LEAST_ENERGY = 0.5  # of the truth's, in the highest resolved octave
+OPTIONS = {  # of --set have an option of their own here
+    "stores": "--stores",
+    "run": "--runs",
+    "loop.seed": "--seed",
+    "autoencoder.latent_channels": "--rungs",
+}
 QUICK = ("loop.schedule.num_steps=8", "loop.schedule.num_warmup_steps=2", "checkpoint_interval=8")
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stores", type=Path, default=Path("stores/quickstart"))
+    parser.add_argument("--stores", type=Path, default=Path("stores/ladder"))
     parser.add_argument("--rungs", type=int, nargs="+", default=[4, 16, 64], help="latent channels")
     parser.add_argument("--cpu-minutes", type=float, default=60.0, help="that training a rung may take")
     parser.add_argument("--jobs", type=int, default=1, help="rungs trained at once")
@@ -57,37 +65,69 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     rungs = options.rungs[:1] if options.quick else options.rungs
     runs = {channels: options.runs / (f"quick{channels}" if options.quick else f"c{channels}") for channels in rungs}
+    overrides = list_overrides(options)
+    stores = open_stores(options.stores, read_settings(overrides).domains)
     if not options.evaluate_only:
-        train(runs, options)
-    measured = measure(runs, options.stores, 2 if options.quick else None)
+        train(runs, overrides, stores, options)
+    for channels, run in runs.items():
+        require_same_training(run, read_settings(set_rung(channels, run, overrides)), stores)
+    measured = measure(runs, stores, 2 if options.quick else None)
     if options.plot:
         plot_ladder(measured, options.plot)
     figures = [figure for rung in measured for figure in judge(rung, options.cpu_minutes / 60)]
     return report("rate_ladder_quick" if options.quick else "rate_ladder", figures)
 
 
-def train(runs: dict[int, Path], options: argparse.Namespace) -> None:
-    """Train what is not yet trained, ``--jobs`` rungs at a time."""
-    overrides = [*(QUICK if options.quick else ()), *options.set]
-    overrides = [f"stores={options.stores}", f"loop.seed={options.seed}", *overrides]
+def list_overrides(options: argparse.Namespace) -> list[str]:
+    """The options as overrides of ladder.yaml; ConfigError for one that is set both ways."""
+    for override in options.set:
+        key = override.partition("=")[0]
+        if key in OPTIONS:
+            raise ConfigError(f"--set {override}: has an option of its own. Use {OPTIONS[key]}.")
+    own = (f"stores={options.stores.resolve()}", f"loop.seed={options.seed}")
+    return [*own, *(QUICK if options.quick else ()), *options.set]
+
+
+def train(
+    runs: Mapping[int, Path], overrides: Sequence[str], stores: Sequence[Store], options: argparse.Namespace
+) -> None:
+    """Train what is not yet trained, ``--jobs`` rungs at a time; a quick run is trained anew."""
+    if options.quick:
+        for run in filter(Path.exists, runs.values()):
+            shutil.rmtree(run)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(partial(train_rung, overrides=overrides), runs, runs.values()))  # raises what a rung raised
+        rung = partial(train_rung, overrides=overrides, stores=stores)
+        list(pool.map(rung, runs, runs.values()))  # raises what a rung raised
 
 
-def measure(runs: dict[int, Path], folder: Path, most: int | None) -> list[Rung]:
+def measure(runs: Mapping[int, Path], stores: Sequence[Store], most: int | None) -> list[Rung]:
     """Every rung on the held-out trajectories of every store, ``most`` at most."""
-    stores = open_stores(folder, DOMAINS)
     tokenizers = {channels: load_tokenizer(run / "tokenizer.safetensors") for channels, run in runs.items()}
-    codes = fit_codes(list(tokenizers.values()), stores, None if most is None else 24)
+    scales = agree_on_scales(list(tokenizers.values()), stores)
+    codes = fit_codes(list(tokenizers.values()), stores, scales, None if most is None else 24)
     return [
-        measure_rung(tokenizer, stores, codes, read_cpu_seconds(runs[channels]), most)
+        measure_rung(tokenizer, stores, scales, codes, read_cpu_seconds(runs[channels]), most)
         for channels, tokenizer in tokenizers.items()
     ]
 
 
-def fit_codes(tokenizers: Sequence[Tokenizer], stores: Sequence[Store], most: int | None) -> dict[int, BlockKLT]:
+def agree_on_scales(tokenizers: Sequence[Tokenizer], stores: Sequence[Store]) -> dict[str, FieldStatistics]:
+    """The scales in which all rungs and codes are compared, by domain; ConfigError where rungs have different ones."""
+    scales = {}
+    for store in stores:
+        name = store.domain.name
+        first, *others = (require_tokenizer(tokenizer, store) for tokenizer in tokenizers)
+        if any(other != first for other in others):
+            raise ConfigError(f"store={store.path}: rungs normalise {name} differently. Train them all anew on it.")
+        scales[name] = first
+    return scales
+
+
+def fit_codes(
+    tokenizers: Sequence[Tokenizer], stores: Sequence[Store], scales: Mapping[str, FieldStatistics], most: int | None
+) -> dict[int, BlockKLT]:
     """Block KLTs of all the numbers of values that the rungs are compared with, by that number."""
-    statistics = {store.domain.name: to_plain(measure_statistics(store)) for store in stores}
+    statistics = {name: to_plain(scale) for name, scale in scales.items()}
     sizes = [tokenizer.autoencoder.config for tokenizer in tokenizers]
     numbers = {size.latent_channels + extra for size in sizes for extra in (0, size.medium_channels)}
     codes = BlockKLT.fit(training_velocities(stores, statistics, most), {str(number): number for number in numbers})
@@ -114,4 +154,7 @@ def judge(rung: Rung, most_hours: float) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, RuntimeError) as error:  # what a user can mend
+        sys.exit(f"error: {' '.join(str(error).split())}")

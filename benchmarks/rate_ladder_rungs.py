@@ -11,17 +11,19 @@ from typing import NamedTuple
 
 import torch
 from figures import ROOT
+from parts import normalised_batch
+from rate_ladder_identity import CONFIG, read_settings, require_same_training
 from torch import Tensor
 
 from data.reader import Store
+from data.statistics import FieldStatistics
 from shodh.evaluation.reconstruction import TrueFields, sample_trajectory, summarise_reconstruction
 from shodh.evaluation.rollout import SILENT
 from shodh.fields import DecodedFields, FieldBatch
 from shodh.physics.spectra import vrmse
 from tokenizer.block_klt import BlockKLT
-from tokenizer.export import Tokenizer
+from tokenizer.export import Tokenizer, load_tokenizer
 
-CONFIG = "configs/train_tokenizer/ladder.yaml"
 CPU_FILE = "cpu_seconds.json"  # in the run's folder: of every attempt, null for one whose end nobody saw
 SNAPSHOTS_AT_ONCE = 8
 
@@ -46,17 +48,19 @@ class Rung(NamedTuple):
     domains: dict[str, Measured]
 
 
-def train_rung(latent_channels: int, run: Path, overrides: Sequence[str]) -> None:
+def train_rung(latent_channels: int, run: Path, overrides: Sequence[str], stores: Sequence[Store]) -> None:
     """Train to the end, or continue what was begun, in one process on one core, and add its CPU time to the run's.
 
-    Raises RuntimeError with the process's last line where it fails.
+    Raises ConfigError, before any process starts, for a run that was begun otherwise or on other ``stores``, and
+    RuntimeError with the process's last line where it fails.
     """
-    command = [sys.executable, "launch/train_tokenizer.py", CONFIG, *overrides]
-    command += [f"autoencoder.latent_channels={latent_channels}", f"run={run.absolute()}", "engine.threads_per_rank=1"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if (run / "tokenizer.safetensors").is_file():
+    overrides = set_rung(latent_channels, run, overrides)
+    require_same_training(run, read_settings(overrides), stores)
+    if is_finished(run):
         print(f"C={latent_channels}: trained already, {run}")
         return
+    command = [sys.executable, "launch/train_tokenizer.py", CONFIG, *overrides]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     run.mkdir(parents=True, exist_ok=True)
     attempts = _read_attempts(run)
     _write_attempts(run, [*attempts, None])
@@ -78,6 +82,18 @@ def train_rung(latent_channels: int, run: Path, overrides: Sequence[str]) -> Non
         raise RuntimeError(f"C={latent_channels}: training ended with code {process.returncode}: {''.join(last)}")
 
 
+def set_rung(latent_channels: int, run: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides of one rung, in its own folder and on one thread."""
+    rung = (f"autoencoder.latent_channels={latent_channels}", f"run={run.absolute()}", "engine.threads_per_rank=1")
+    return [*overrides, *rung]
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the rung is trained, exported and certified; one killed while it was certified is continued."""
+    path = run / "tokenizer.safetensors"
+    return path.is_file() and load_tokenizer(path).certificate is not None
+
+
 def read_cpu_seconds(run: Path) -> float:
     """CPU time of all attempts together; NaN where there is none or one was lost."""
     attempts = _read_attempts(run)
@@ -95,20 +111,27 @@ def _write_attempts(run: Path, attempts: Sequence[float | None]) -> None:
 
 @torch.no_grad()
 def measure_rung(
-    tokenizer: Tokenizer, stores: Sequence[Store], codes: Mapping[int, BlockKLT], cpu_seconds: float, most: int | None
+    tokenizer: Tokenizer,
+    stores: Sequence[Store],
+    scales: Mapping[str, FieldStatistics],
+    codes: Mapping[int, BlockKLT],
+    cpu_seconds: float,
+    most: int | None,
 ) -> Rung:
-    """The tokenizer on the held-out trajectories of each store, ``most`` at most, beside the codes."""
+    """The tokenizer on the held-out trajectories of each store, ``most`` at most, beside the codes in its scales."""
     sizes = tokenizer.autoencoder.config
     compared = codes[sizes.latent_channels], codes[sizes.latent_channels + sizes.medium_channels]
-    domains = {store.domain.name: measure_domain(tokenizer, store, compared, most) for store in stores}
+    domains = {s.domain.name: measure_domain(tokenizer, s, scales[s.domain.name], compared, most) for s in stores}
     return Rung(sizes.latent_channels, sizes.medium_channels, cpu_seconds, domains)
 
 
-def measure_domain(tokenizer: Tokenizer, store: Store, codes: tuple[BlockKLT, BlockKLT], most: int | None) -> Measured:
+def measure_domain(
+    tokenizer: Tokenizer, store: Store, scales: FieldStatistics, codes: tuple[BlockKLT, BlockKLT], most: int | None
+) -> Measured:
     rows, errors = [], []
     grid = store.grid.relative
     for i in store.trajectories("test")[:most]:
-        fields, batch = read_trajectory(tokenizer, store, i)
+        fields, batch = read_trajectory(store, i, scales)
         decoded = decode(tokenizer, batch)
         rows.append(sample_trajectory(decoded, fields, grid))
         guesses = [decoded.velocity, *(code.reconstruct(fields.velocity) for code in codes)]
@@ -125,15 +148,14 @@ def measure_domain(tokenizer: Tokenizer, store: Store, codes: tuple[BlockKLT, Bl
     )
 
 
-def read_trajectory(tokenizer: Tokenizer, store: Store, trajectory: int) -> tuple[TrueFields, FieldBatch]:
+def read_trajectory(store: Store, trajectory: int, scales: FieldStatistics) -> tuple[TrueFields, FieldBatch]:
     """A trajectory in the tokenizer's normalisation, its medium as stored; and the batch that the encoder takes."""
-    scale = tokenizer.statistics[store.domain.name]
     states = [store.snapshot(trajectory, t) for t in range(store.num_snapshots)]
     velocity, pressure = (torch.stack([torch.from_numpy(f) for f in part]) for part in zip(*states, strict=True))
-    velocity, pressure = velocity / scale["velocity_scale"], pressure[:, None] / scale["pressure_scale"]
     medium = torch.from_numpy(store.medium(trajectory))
-    still = ((medium - scale["medium_mean"]) / scale["medium_scale"]).expand(len(velocity), 1, *medium.shape)
-    return TrueFields(velocity, pressure, medium), FieldBatch(velocity, pressure, still, store.domain, store.grid)
+    still = medium.expand(len(velocity), 1, *medium.shape)
+    batch = normalised_batch(velocity, pressure[:, None], still, store, scales)
+    return TrueFields(batch.velocity, batch.pressure, medium), batch
 
 
 def decode(tokenizer: Tokenizer, batch: FieldBatch) -> DecodedFields:

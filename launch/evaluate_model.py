@@ -23,12 +23,13 @@ def main(arguments: list[str]) -> None:
     from settings import Evaluation
 
     from shodh.config import load_config
+    from shodh.device import find_device
     from shodh.evaluation.held_out import evaluate, write_evaluation
     from shodh.evaluation.report import format_table, write_report
 
     config = load_config(Evaluation, path, overrides)
     torch.set_num_threads(config.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
     model, description = load_model(config.run, tokenizer, device)
     baselines = fit_baselines(tokenizer, stores)
@@ -44,12 +45,13 @@ def write_certified(arguments: list[str]) -> None:
     usage = "launch/evaluate_model.py certificate CONFIG.yaml|TOKENIZER.safetensors [key=value ...]"
     path, overrides = split_arguments(arguments, usage)
     import torch
-    from certification import certify_tokenizer
-    from parts import open_stores
+    from certification import certify_tokenizer, parse_statistics
+    from parts import open_stores, require_tokenizer
     from settings import Evaluation
 
     from shodh.config import load_config, parse_config
-    from shodh.evaluation.certificate import FAILED, CertificateConfig, format_certificate, write_certificate
+    from shodh.device import find_device
+    from shodh.evaluation.certificate import CertificateConfig, format_certificate, require_exact, write_certificate
     from shodh.evaluation.report import write_report
     from tokenizer.export import load_tokenizer
 
@@ -63,17 +65,18 @@ def write_certified(arguments: list[str]) -> None:
         file, folder, sizes = config.tokenizer, config.run, config.certificate
         stores = open_stores(config.stores, config.domains) if config.stores.is_dir() else []
     tokenizer = load_tokenizer(file)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parse_statistics(tokenizer.domains, tokenizer.statistics)
+    for store in stores:
+        require_tokenizer(tokenizer, store)
     grids = {store.domain.name: store.grid for store in stores}
     certificate = certify_tokenizer(
-        tokenizer.autoencoder.to(device), tokenizer.domains, tokenizer.statistics, grids, sizes, stores
+        tokenizer.autoencoder.to(find_device()), tokenizer.domains, tokenizer.statistics, grids, sizes, stores
     )
     folder.mkdir(parents=True, exist_ok=True)
     print(format_certificate(certificate))
     print(f"certificate -> {write_certificate(folder, certificate)}")
     print(f"report -> {write_report(folder)}")
-    if certificate["verdict"] == FAILED:
-        raise RuntimeError(f"tokenizer={file}: does not conserve exactly. {certificate['failures'][0]}")
+    require_exact(certificate, file)
 
 
 if __name__ == "__main__":

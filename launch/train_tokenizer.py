@@ -2,7 +2,8 @@
 
 deepspeed --num_accelerators 2 launch/train_tokenizer.py configs/train_tokenizer/quickstart.yaml [key=value ...]
 
-Writes checkpoints and metrics into the run folder and, at the end, RUN/tokenizer.safetensors.
+Writes checkpoints and metrics into the run folder and, at the end, RUN/tokenizer.safetensors and RUN/certificate.json,
+what it conserves (exit code 1 if that is not exact).
 """
 
 from shodh.command_line import run, split_arguments
@@ -11,18 +12,17 @@ from shodh.command_line import run, split_arguments
 def main(arguments: list[str]) -> None:
     path, overrides = split_arguments(arguments, "launch/train_tokenizer.py CONFIG.yaml [key=value ...]")
     import torch
-    from certification import certify_tokenizer
+    from certification import export_certified
     from parts import open_stores
     from settings import TokenizerTraining, identity_of, mixture_config
 
     from data.mixture import FieldMixture, stream
     from data.statistics import measure_statistics
     from shodh.config import load_config, to_plain
-    from shodh.evaluation.certificate import CertificateConfig, format_certificate, write_certificate
+    from shodh.evaluation.certificate import CertificateConfig
     from shodh.training.engine import build_engine, distributed
     from shodh.training.run import train_resumably
     from tokenizer.autoencoder import Autoencoder, measure_latents
-    from tokenizer.export import save_tokenizer
     from tokenizer.objective import ReconstructionObjective
 
     config = load_config(TokenizerTraining, path, overrides)
@@ -52,11 +52,7 @@ def main(arguments: list[str]) -> None:
             scales = {s.domain.name: to_plain(scale) for s, scale in zip(stores, statistics, strict=True)}
             domains = {store.domain.name: store.domain for store in stores}
             grids = {store.domain.name: store.grid for store in stores}
-            certificate = certify_tokenizer(engine.module, domains, scales, grids, CertificateConfig())
-            write_certificate(config.run, certificate)
-            print(format_certificate(certificate))
-            digest = save_tokenizer(config.run / "tokenizer.safetensors", engine.module, domains, scales, certificate)
-            print(f"tokenizer {digest[:12]} -> {config.run / 'tokenizer.safetensors'}")
+            export_certified(config.run, engine.module, domains, scales, grids, CertificateConfig())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shodh.config import ConfigError, parse_config, to_plain
 from shodh.fields import DomainSpec
-from tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from tokenizer.autoencoder import Autoencoder, AutoencoderConfig, describe_network
 
 
 class Tokenizer(NamedTuple):
@@ -43,7 +43,7 @@ def save_tokenizer(
     if certificate is not None and certificate["weights"] != _digest(state, ""):
         raise ValueError("certificate: was made with other weights than are saved. Certify these.")
     description = json.dumps(
-        {"autoencoder": to_plain(autoencoder.config), "domains": to_plain(domains), "statistics": statistics}
+        {"autoencoder": describe_network(autoencoder.config), "domains": to_plain(domains), "statistics": statistics}
     )
     digest = _digest(state, description)
     metadata = {"tokenizer": description, "digest": digest}
@@ -75,6 +75,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ConfigError(f"tokenizer={path}: truncated or not safetensors ({error}). Export it again.") from None
+    if not {"tokenizer", "digest"} & metadata.keys():
+        raise ConfigError(
+            f"tokenizer={path}: is no Shodh tokenizer (nothing in it describes one). "
+            "Give a file that launch/train_tokenizer.py wrote."
+        )
     if _is_altered(metadata, state):
         raise ConfigError(f"tokenizer={path}: altered since it was written (digest differs). Export it again.")
     description = json.loads(metadata["tokenizer"])

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from shodh.config import to_plain
+from shodh.config import ConfigError, to_plain
 from shodh.evaluation.careless import CENTRAL, careless_curls, careless_divergences
 from shodh.evaluation.divergence import (
     CURL_OPERATOR,
@@ -80,7 +80,10 @@ KINDS = {
 
 @torch.no_grad()
 def certify(cases: Sequence[Case], weights: str) -> dict[str, Any]:
-    """The certificate of all cases, as JSON holds it; ``weights`` is the digest of the weights that decoded them."""
+    """The certificate of all cases, as JSON holds it; ``weights`` is the digest of the weights that decoded them.
+
+    Raises ConfigError where a case has bad input, which says nothing of the weights.
+    """
     domains: dict[str, list[dict[str, Any]]] = {}
     failures: list[str] = []
     for case in cases:
@@ -88,6 +91,8 @@ def certify(cases: Sequence[Case], weights: str) -> dict[str, Any]:
         place = f"{case.domain.name}, {case.source} on {shape}"
         try:
             block, faults = _certify_case(case)
+        except ConfigError:
+            raise
         except ValueError as error:  # not finite: nothing to measure
             block, faults = {"decoded": case.source, "grid": to_plain(case.grid), "num_fields": 0}, [str(error)]
         domains.setdefault(case.domain.name, []).append(block)
@@ -107,6 +112,13 @@ def write_certificate(folder: Path, certificate: Mapping[str, Any]) -> Path:
     partial.write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def require_exact(certificate: Mapping[str, Any], file: Path) -> None:
+    """RuntimeError naming the first failure, unless the verdict on the tokenizer in ``file`` is exact."""
+    if certificate["verdict"] != EXACT:
+        first = next(iter(certificate["failures"]), "Nothing was decoded: it knows no domain.")
+        raise RuntimeError(f"tokenizer={file}: does not conserve exactly. {first}")
 
 
 def format_certificate(certificate: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_batch, make_domain
+from safetensors.torch import save_file
 
 from shodh.config import ConfigError
 from tokenizer.autoencoder import Autoencoder, AutoencoderConfig
@@ -40,6 +41,13 @@ def test_truncated_file_is_refused(saved):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ConfigError, match="truncated"):
         load_tokenizer(path)
+
+
+def test_file_of_another_program_is_told_to_be_no_tokenizer_instead_of_an_altered_one(tmp_path):
+    for name, metadata in (("bare", None), ("described", {"format": "pt"})):
+        save_file({"weight": torch.ones(2)}, tmp_path / f"{name}.safetensors", metadata=metadata)
+        with pytest.raises(ConfigError, match=f"{name}.safetensors: is no Shodh tokenizer"):
+            load_tokenizer(tmp_path / f"{name}.safetensors")
 
 
 def test_missing_file_is_refused(tmp_path):

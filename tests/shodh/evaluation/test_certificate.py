@@ -8,8 +8,16 @@ import pytest
 import torch
 from conftest import make_domain
 
+from shodh.config import ConfigError
 from shodh.evaluation.careless import CENTRAL, RESCALED, SPECTRAL, careless_curls, careless_divergences
-from shodh.evaluation.certificate import Case, Decode, certify, format_certificate, write_certificate
+from shodh.evaluation.certificate import (
+    Case,
+    Decode,
+    certify,
+    format_certificate,
+    require_exact,
+    write_certificate,
+)
 from shodh.evaluation.report_certificate import find_certificate, show_certificate
 from shodh.evaluation.report_run import read_run
 from shodh.fields import Grid
@@ -64,6 +72,23 @@ def test_one_tampered_value_fails_with_domain_field_and_worst_cell():
     assert failure.startswith("anything, random latents on 8x10x12: divergence of 1 in cell (")
     assert failure.endswith(("(3, 5, 6) of field 4", "(4, 5, 6) of field 4"))
     assert "FAILED" in format_certificate(certificate) and failure in format_certificate(certificate)
+
+
+def test_bad_input_is_no_fault_of_the_weights_and_not_put_into_a_certificate():
+    def batches():
+        yield Decode(random_flux(), None)
+        raise ConfigError("store=s: trajectory 1, snapshot 2: pressure holds NaN.")
+
+    with pytest.raises(ConfigError, match="snapshot 2"):
+        certify([make_case()._replace(batches=batches)], "")
+
+
+def test_only_an_exact_certificate_of_something_passes():
+    require_exact(certify([make_case(Decode(random_flux(), None))], ""), Path("t.safetensors"))
+    with pytest.raises(RuntimeError, match="tokenizer=t.safetensors: .*anything.*divergence of"):
+        require_exact(certify([make_case(Decode(torch.randn(1, 3, *SHAPE), None))], ""), Path("t.safetensors"))
+    with pytest.raises(RuntimeError, match="Nothing was decoded"):
+        require_exact(certify([], ""), Path("t.safetensors"))
 
 
 def test_the_last_bit_of_one_value_is_enough_to_fail():
