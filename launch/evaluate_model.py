@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> None:
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
     model, description = load_model(config.run, tokenizer, device)
     baselines = fit_baselines(tokenizer, stores)
-    held_out = [hold_out(tokenizer, *pair, device, baselines=baselines) for pair in zip(stores, latents, strict=True)]
+    pairs = zip(stores, latents, strict=True)
+    held_out = [hold_out(tokenizer, *pair, device, baselines=baselines, project=config.project) for pair in pairs]
     evaluation = {"run": description, "certificate": tokenizer.certificate, **evaluate(model, held_out)}
     write_evaluation(config.run, evaluation, model, held_out)
     print(format_table(evaluation))

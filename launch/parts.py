@@ -1,11 +1,13 @@
 """What several launch scripts build in the same way from data, tokenizer and model."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from largest_gain import require_room
 from memory import memory_to_use
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +20,7 @@ from shodh.evaluation.held_out import HeldOutDomain
 from shodh.evaluation.rollout import TrueTrajectory
 from shodh.fields import FieldBatch
 from shodh.model.transformer import LatentTransformer, TransformerConfig, count_parameters
+from shodh.physics.masked_projection import has_solid
 from shodh.training.checkpoint import load_parameters, read_newest
 from tokenizer.autoencoder import DOWNSAMPLING, AutoencoderConfig
 from tokenizer.block_klt import BlockKLT
@@ -88,7 +91,9 @@ def require_tokenizer(tokenizer: Tokenizer, store: Store) -> FieldStatistics:
         raise ConfigError(
             f"store={store.path}: its grid {store.grid.shape} is not divisible by {DOWNSAMPLING}. Crop or regrid it."
         )
-    return FieldStatistics(**tokenizer.statistics[domain.name])
+    return parse_config(
+        FieldStatistics, dict(tokenizer.statistics[domain.name]), source=f"the statistics of {domain.name}"
+    )
 
 
 class Encoding(NamedTuple):
@@ -130,8 +135,12 @@ def hold_out(
     device: torch.device,
     num_trajectories: int | None = None,
     baselines: dict[str, BlockKLT] | None = None,
+    project: bool = False,
 ) -> HeldOutDomain:
-    """One domain's test split, or its first trajectories, in memory, with the decoder and the codes to compare with."""
+    """One domain's test split, or its first trajectories, in memory, with the decoder and the codes to compare with.
+
+    ``project``: what is decoded in a medium with solid is led through its pores before it is judged.
+    """
     autoencoder, domain, grid = tokenizer.autoencoder.to(device), store.domain, store.grid
     statistics = require_tokenizer(tokenizer, store)
     trajectories, media = [], []
@@ -154,21 +163,28 @@ def hold_out(
             )
         )
 
-    max_bytes = memory_to_use(device)  # once, because each other budget would need a forecast of its own
+    @functools.cache  # each other budget would need a forecast of its own
+    def max_bytes() -> int:
+        return memory_to_use(device)  # at the first use, because by then all domains have been read
+
+    def differentiable_velocity(latent: Tensor, still: Tensor) -> Tensor:
+        require_room(autoencoder.config, domain, grid, max_bytes())
+        return autoencoder.decode(latent, still, domain, grid).velocity
 
     def encode(velocity: Tensor, pressure: Tensor, stored_medium: Tensor) -> tuple[Tensor, Tensor]:
         still = (stored_medium.to(velocity) - statistics.medium_mean) / statistics.medium_scale
-        return encode_within(autoencoder, FieldBatch(velocity, pressure, still, domain, grid), max_bytes)
+        return encode_within(autoencoder, FieldBatch(velocity, pressure, still, domain, grid), max_bytes())
 
     return HeldOutDomain(
         domain=domain,
         grid=grid.relative,
         trajectories=trajectories,
         medium=media,
-        decode=lambda latent, m: decode_fields_within(autoencoder, latent, m, domain, grid, max_bytes),
+        decode=lambda latent, m: decode_fields_within(autoencoder, latent, m, domain, grid, max_bytes()),
         baselines={name: klt.reconstruct for name, klt in (baselines or {}).items()},
-        decode_velocity=lambda latent, m: autoencoder.decode(latent, m, domain, grid).velocity,
+        decode_velocity=differentiable_velocity,
         encode=encode,
+        project=project and has_solid(domain),
     )
 
 

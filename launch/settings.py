@@ -88,6 +88,7 @@ class Evaluation:
     tokenizer: Path
     run: Path
     threads: int = 2
+    project: bool = False  # lead fields decoded in a medium with solid through its pores before they are judged
     certificate: CertificateConfig = CertificateConfig()
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,22 +13,20 @@ from torch import Tensor
 
 from shodh.evaluation.divergence import ConservationSums, merge_sums, sum_curl, sum_divergence, summarise_sums
 from shodh.evaluation.latent_quality import (
+    Decode,
+    DecodeVelocity,
+    Encode,
     LatentTrajectory,
     measure_latent_quality,
     merge_moments,
     sum_moments,
     summarise_moments,
 )
-from shodh.evaluation.reconstruction import Encode, TrueFields, sample_trajectory, summarise_reconstruction
-from shodh.evaluation.rollout import (
-    TrueTrajectory,
-    average_rollouts,
-    measure_one_step,
-    measure_rollout,
-)
+from shodh.evaluation.reconstruction import TrajectoryRows, TrueFields, sample_trajectory, summarise_reconstruction
+from shodh.evaluation.rollout import TrueTrajectory, average_present, measure_one_step, measure_rollout
 from shodh.evaluation.routing import RoutingCounts, count_routing, merge_counts, summarise
 from shodh.fields import DecodedFields, DomainSpec, Grid, LatentBatch, Routing
-from shodh.physics.spectra import vrmse
+from shodh.physics.masked_projection import find_pores, project_fields
 
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Any]  # -> Forecast
 
@@ -39,65 +37,86 @@ class HeldOutDomain(NamedTuple):
     domain: DomainSpec
     grid: Grid  # ``Grid.relative``, which the decoded flux is stored for
     trajectories: Sequence[TrueTrajectory]
-    medium: Sequence[Tensor]  # (x, y, z) of each trajectory, for pictures
-    decode: Callable[[Tensor, Tensor], DecodedFields]
+    medium: Sequence[Tensor]  # (x, y, z) of each trajectory, as stored
+    decode: Decode
     baselines: dict[str, Callable[[Tensor], Tensor]]  # name -> reconstruction of velocity, such as the block KLT
-    decode_velocity: Callable[[Tensor, Tensor], Tensor] | None = None  # differentiable: not on the lattice
+    decode_velocity: DecodeVelocity | None = None  # differentiable: not on the lattice; MemoryError if that is too much
     encode: Encode | None = None  # of normalised fields and the medium as stored
+    project: bool = False  # lead decoded fields through the pores, which the medium is then, before they are judged
+
+
+class TrajectoryResult(NamedTuple):
+    """What one held-out trajectory adds to its domain's block of ``evaluation.json``."""
+
+    batch: LatentBatch  # every three successive states
+    routing: RoutingCounts
+    conservation: list[ConservationSums]  # of decoded forecasts and of decoded true latents
+    error: Tensor  # mean square of the decoded forecasts' velocity
+    reconstruction: TrajectoryRows
+    rollout: dict[str, Any]
 
 
 @torch.no_grad()
 def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domains: int) -> tuple[dict, RoutingCounts]:
     """One domain's block of ``evaluation.json`` without routing, and the routing counts of its one-step forecasts."""
-    rollouts, steps, sums, errors, counts, samples = [], [], [], [], [], []
-    scores: dict[str, list[Tensor]] = {}
-    for trajectory, medium in zip(held_out.trajectories, held_out.medium, strict=True):
-        batch = successive_states(trajectory, index)
-        forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
-        counts.append(count_routing(forecast.routings, batch.domain, num_domains))
-        steps.append(batch)
-        for latents, truth in ((forecast.latent, slice(2, None)), (trajectory.latents, slice(None))):
-            decoded = _decode_all(held_out, latents, trajectory.medium)
-            sums.append(sum_conservation(decoded.flux, held_out))
-            if truth == slice(2, None):
-                errors.append((decoded.velocity - trajectory.velocity[truth]).square().mean())
-            else:
-                fields = TrueFields(trajectory.velocity, trajectory.pressure, medium)
-                samples.append(sample_trajectory(decoded, fields, held_out.grid, held_out.baselines))
-                scores.setdefault("velocity", []).append(vrmse(decoded.velocity, trajectory.velocity))
-                scores.setdefault("pressure", []).append(vrmse(decoded.pressure, trajectory.pressure))
-        for name, reconstruct in held_out.baselines.items():
-            scores.setdefault(name, []).append(vrmse(reconstruct(trajectory.velocity), trajectory.velocity))
-        rollouts.append(
-            measure_rollout(
-                lambda *inputs: model(*inputs).latent,
-                lambda latent, medium: held_out.decode(latent, medium)[1:],
-                trajectory,
-            )
-        )
+    num = len(held_out.trajectories)
+    results = [_evaluate_trajectory(model, held_out, number, index, num_domains) for number in range(num)]
     latents = [
         LatentTrajectory(t.latents, t.medium, m) for t, m in zip(held_out.trajectories, held_out.medium, strict=True)
     ]
-    one_step = measure_one_step(lambda *inputs: model(*inputs).latent, steps)
-    means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
+    one_step = measure_one_step(lambda *inputs: model(*inputs).latent, [r.batch for r in results])
+    sums = merge_sums([part for r in results for part in r.conservation])
     conserved = "curl" if held_out.domain.velocity_space == "irrotational" else "divergence"
+    reconstruction = summarise_reconstruction([r.reconstruction for r in results], held_out.grid)
     block = {
-        conserved: summarise_sums(merge_sums(sums)) | {"units": "normalised velocity per mean cell size"},
-        "tokenizer": {
-            "vrmse": {"velocity": means.pop("velocity"), "pressure": means.pop("pressure")},
-            **{f"{name}_vrmse": {"velocity": value} for name, value in means.items()},
-            "latent_values": held_out.trajectories[0].latents.shape[1] + held_out.trajectories[0].medium.shape[0],
-        },
+        conserved: summarise_sums(sums) | {"units": "normalised velocity per mean cell size"},
+        "tokenizer": _headlines(reconstruction, held_out.trajectories[0]),
         "latent_mse": one_step["latent_mse"],
         "persistence_latent_mse": one_step["persistence_mse"],
         "latent_mse_over_persistence": one_step["ratio"],
         "extrapolation_latent_mse": one_step["extrapolation_mse"],
-        "decoded_mse": float(torch.stack(errors).mean()),
-        "rollout": average_rollouts(rollouts),
-        "reconstruction": summarise_reconstruction(samples, held_out.grid),
+        "decoded_mse": float(torch.stack([r.error for r in results]).mean()),
+        "rollout": average_present([r.rollout for r in results]),
+        "reconstruction": reconstruction,
         "latents": measure_latent_quality(latents, held_out.decode, held_out.decode_velocity, held_out.encode),
+        "projected": held_out.project,
     }
-    return block, merge_counts(counts)
+    return block, merge_counts([r.routing for r in results])
+
+
+def _evaluate_trajectory(
+    model: Model, held_out: HeldOutDomain, number: int, index: int, num_domains: int
+) -> TrajectoryResult:
+    trajectory, medium = held_out.trajectories[number], held_out.medium[number]
+    decode = _decoder_for(held_out, medium)
+    batch = successive_states(trajectory, index)
+    forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
+    decoded = _decode_all(decode, forecast.latent, trajectory.medium)
+    sums = [sum_conservation(decoded.flux, held_out)]
+    error = (decoded.velocity - trajectory.velocity[2:]).square().mean()
+    decoded = _decode_all(decode, trajectory.latents, trajectory.medium)
+    sums.append(sum_conservation(decoded.flux, held_out))
+    fields = TrueFields(trajectory.velocity, trajectory.pressure, medium)
+    return TrajectoryResult(
+        batch=batch,
+        routing=count_routing(forecast.routings, batch.domain, num_domains),
+        conservation=sums,
+        error=error,
+        reconstruction=sample_trajectory(decoded, fields, held_out.grid, held_out.baselines),
+        rollout=measure_rollout(
+            lambda *inputs: model(*inputs).latent, lambda latent, still: decode(latent, still)[1:], trajectory
+        ),
+    )
+
+
+def _headlines(reconstruction: Mapping[str, Any], trajectory: TrueTrajectory) -> dict[str, Any]:
+    """The tokenizer's VRMSE, means over snapshots that are not silent, beside the baselines' and the latent's size."""
+    baselines = reconstruction["baseline_vrmse"].items()
+    return {
+        "vrmse": {field: reconstruction["vrmse"][field] for field in ("velocity", "pressure")},
+        **{f"{name}_vrmse": {"velocity": value} for name, value in baselines},
+        "latent_values": trajectory.latents.shape[1] + trajectory.medium.shape[0],
+    }
 
 
 def evaluate(model: Model, held_out: Sequence[HeldOutDomain]) -> dict[str, Any]:
@@ -112,8 +131,8 @@ def evaluate(model: Model, held_out: Sequence[HeldOutDomain]) -> dict[str, Any]:
         blocks[name]["routing"] = summary["domains"][name]
     tokenizers = [block["tokenizer"] for block in blocks.values()]
     mean = {
-        f"{'tokenizer' if key == 'vrmse' else key.removesuffix('_vrmse')}_velocity_vrmse": float(
-            np.mean([t[key]["velocity"] for t in tokenizers])
+        f"{'tokenizer' if key == 'vrmse' else key.removesuffix('_vrmse')}_velocity_vrmse": average_present(
+            [t[key]["velocity"] for t in tokenizers]
         )
         for key in tokenizers[0]
         if key.endswith("vrmse")
@@ -143,7 +162,7 @@ def picture_domain(model: Model, held_out: HeldOutDomain) -> dict[str, np.ndarra
     batch = successive_states(trajectory, 0)
     half = len(batch.current) // 2
     forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
-    decoded = held_out.decode(forecast.latent[half : half + 1], batch.medium[:1])
+    decoded = _decoder_for(held_out, held_out.medium[0])(forecast.latent[half : half + 1], batch.medium[:1])
     truth = trajectory.velocity[half + 2]
     middle = truth.shape[-1] // 2
     shape = forecast.latent.shape[-3:]
@@ -176,8 +195,20 @@ def sum_conservation(flux: Tensor, held_out: HeldOutDomain) -> ConservationSums:
     return measure(flux, held_out.grid)
 
 
-def _decode_all(held_out: HeldOutDomain, latents: Tensor, medium: Tensor) -> DecodedFields:
-    parts = [held_out.decode(latent, medium.expand(len(latent), *medium.shape)) for latent in latents.split(8)]
+def _decoder_for(held_out: HeldOutDomain, medium: Tensor) -> Decode:
+    """The domain's decoder for trajectories in one medium (x, y, z), as stored."""
+    if not held_out.project:
+        return held_out.decode
+    pore = find_pores(medium[None, None])
+
+    def decode(latent: Tensor, still: Tensor) -> DecodedFields:
+        return project_fields(held_out.decode(latent, still), pore.expand(len(latent), *medium.shape), held_out.grid)
+
+    return decode
+
+
+def _decode_all(decode: Decode, latents: Tensor, medium: Tensor) -> DecodedFields:
+    parts = [decode(latent, medium.expand(len(latent), *medium.shape)) for latent in latents.split(8)]
     return DecodedFields(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 

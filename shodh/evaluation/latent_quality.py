@@ -11,7 +11,10 @@ from torch import Tensor
 
 from shodh.fields import DecodedFields
 
-DecodeVelocity = Callable[[Tensor, Tensor], Tensor]  # state latent, medium latent -> velocity, differentiable
+# velocity and pressure, normalised, and the medium as stored -> latents of state and medium; and back
+Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Decode = Callable[[Tensor, Tensor], DecodedFields]
+DecodeVelocity = Callable[[Tensor, Tensor], Tensor]  # state latent, medium latent -> velocity
 
 BOUND = 5.0  # standard deviations: 6 in 10 million values of a Gaussian lie outside
 RELATIVE_SIZES = (1e-3, 1e-2, 1e-1)  # of perturbations, over the rms of the latent
@@ -114,11 +117,13 @@ def measure_gain(decode: DecodeVelocity, samples: Sequence[LatentSample], seed: 
 
 
 @torch.enable_grad()
-def measure_largest_gain(decode: DecodeVelocity, sample: LatentSample, seed: int = 0) -> float:
+def measure_largest_gain(
+    decode: DecodeVelocity, sample: LatentSample, seed: int = 0, num_iterations: int = POWER_ITERATIONS
+) -> float:
     """The gain of the worst small perturbation of one latent, by power iterations on J^T J; a lower bound.
 
     J v comes from differentiating the pull-back J^T w, which is linear in w, once more: several times faster here than
-    forward-mode differentiation.
+    forward-mode differentiation. ``decode`` must be differentiable.
     """
     latent = sample.latent.detach().clone().requires_grad_()
     velocity = decode(latent, sample.medium_latent)
@@ -126,7 +131,7 @@ def measure_largest_gain(decode: DecodeVelocity, sample: LatentSample, seed: int
     (pulled_back,) = torch.autograd.grad(velocity, latent, cotangent, create_graph=True)
     direction = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed)).to(latent)
     stretch = 0.0
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(num_iterations):
         direction = direction / direction.norm()
         (change,) = torch.autograd.grad(pulled_back, cotangent, direction, retain_graph=True)
         stretch = max(stretch, change.double().norm().item())
@@ -144,8 +149,8 @@ def deviation(velocity: Float[Tensor, "b 3 x y z"]) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def measure_round_trip(
-    decode: Callable[[Tensor, Tensor], DecodedFields],
-    encode: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    decode: Decode,
+    encode: Encode,
     samples: Sequence[LatentSample],
 ) -> float:
     """|encode(decode(z)) - z| / |z|, mean over samples: 0 for a tokenizer that knows its own fields again."""
@@ -159,27 +164,44 @@ def measure_round_trip(
 
 def measure_latent_quality(
     trajectories: Sequence[LatentTrajectory],
-    decode: Callable[[Tensor, Tensor], DecodedFields],
+    decode: Decode,
     decode_velocity: DecodeVelocity | None = None,
-    encode: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    encode: Encode | None = None,
 ) -> dict[str, Any]:
-    """How bounded and white a domain's latents are and, with what is given, ``smoothness`` and ``round_trip``.
+    """How bounded and white a domain's latents are, ``smoothness`` and, with an encoder, ``round_trip``.
 
     ``smoothness`` has the gains of the ``velocity`` and of its ``pattern``, the velocity less its box means: where the
-    mean flow passes through the latent, it is what a perturbation moves most.
+    mean flow passes through the latent, it is what a perturbation moves most. Each has a ``largest_gain`` if there is a
+    differentiable decoder; where that raises MemoryError, None, and ``largest_gain_skipped`` says why.
     """
     result = summarise_moments(merge_moments([sum_moments(t.latents) for t in trajectories]))
     samples = spread_samples(trajectories, NUM_PERTURBED)
+    parts = {"velocity": _velocity_of(decode), "pattern": without_mean(_velocity_of(decode))}
+    result["smoothness"] = {name: measure_gain(decoder, samples) for name, decoder in parts.items()}
     if decode_velocity is not None:
-        decoders = {"velocity": decode_velocity, "pattern": without_mean(decode_velocity)}
-        middle = samples[len(samples) // 2]
-        result["smoothness"] = {
-            name: measure_gain(decoder, samples) | {"largest_gain": measure_largest_gain(decoder, middle)}
-            for name, decoder in decoders.items()
-        }
+        largest, reason = _measure_largest_gains(decode_velocity, samples[len(samples) // 2])
+        for name, gain in largest.items():
+            result["smoothness"][name]["largest_gain"] = gain
+        if reason:
+            result["largest_gain_skipped"] = reason
     if encode is not None:
         result["round_trip"] = measure_round_trip(decode, encode, samples)
     return result
+
+
+def _measure_largest_gains(
+    decode_velocity: DecodeVelocity, sample: LatentSample
+) -> tuple[dict[str, float | None], str | None]:
+    """Those of velocity and pattern, or None with the reason."""
+    decoders = {"velocity": decode_velocity, "pattern": without_mean(decode_velocity)}
+    try:
+        return {name: measure_largest_gain(decoder, sample) for name, decoder in decoders.items()}, None
+    except MemoryError as refusal:
+        return dict.fromkeys(decoders), str(refusal)
+
+
+def _velocity_of(decode: Decode) -> DecodeVelocity:
+    return lambda latent, medium_latent: decode(latent, medium_latent).velocity
 
 
 def without_mean(decode: DecodeVelocity) -> DecodeVelocity:

@@ -1,11 +1,11 @@
 """How good decoded fields are, as a physicist would judge them: errors, spectra, gradients, walls and solids.
 
-``measure_reconstruction`` judges a tokenizer by itself; the evaluation of a model feeds ``sample_trajectory`` with the
-fields that it has decoded anyway. All is normalised, on ``grid.relative``, and streams a few snapshots at a time.
+``sample_trajectory`` measures the decoded fields of one trajectory, ``summarise_reconstruction`` those of a domain's
+together. All is normalised, on ``grid.relative``, and streams a few snapshots at a time.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,6 @@ from shodh.evaluation.wall_shear import WallShear, sample_wall_shear, summarise_
 from shodh.fields import DecodedFields, Grid
 from shodh.physics.spectra import vrmse
 
-# velocity and pressure, normalised, and the medium as stored -> latents of state and medium; and back
-Encode = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Decode = Callable[[Tensor, Tensor], DecodedFields]
 Baselines = Mapping[str, Callable[[Tensor], Tensor]]  # name -> reconstruction of velocity
 
 CELLS_AT_ONCE = 2**18  # 8 snapshots of 32^3: what transforms and gradients of one chunk are held for
@@ -42,33 +39,11 @@ class TrajectoryRows(NamedTuple):
 
     vrmse: Float[Tensor, "t 5"]  # of velocity, its components and pressure
     deviation: Float[Tensor, "t 5"]  # true standard deviation of the same
+    baseline_vrmse: dict[str, Float[Tensor, "t"]]  # of velocity as the baselines reconstruct it
     spectra: dict[str, SpectrumRows]  # "velocity", "pressure", and velocity as the baselines reconstruct it
     gradients: tuple[GradientRows, GradientRows]  # true, decoded
     walls: list[list[WallShear]]
     porous: PorousRows | None
-
-
-@torch.no_grad()
-def measure_reconstruction(
-    decode: Decode,
-    encode: Encode,
-    trajectories: Iterable[TrueFields],
-    grid: Grid,
-    baselines: Baselines | None = None,
-) -> dict[str, Any]:
-    """The judgement of a tokenizer on trajectories of one domain that it encodes and decodes itself.
-
-    ``grid`` is ``Grid.relative`` of the fields'; keys as ``summarise_reconstruction`` says. ValueError for none.
-    """
-    rows = []
-    for fields in trajectories:
-        parts = []
-        for chunk in _chunks(fields, grid):
-            medium = chunk.medium.to(chunk.velocity).expand(len(chunk.velocity), 1, *grid.shape)
-            decoded = decode(*encode(chunk.velocity, chunk.pressure, medium))
-            parts.append(_sample_chunk(decoded, chunk, grid, baselines or {}))
-        rows.append(_join(parts))
-    return summarise_reconstruction(rows, grid)
 
 
 def sample_trajectory(
@@ -84,9 +59,10 @@ def sample_trajectory(
 def summarise_reconstruction(trajectories: list[TrajectoryRows], grid: Grid) -> dict[str, Any]:
     """Measurements as JSON holds them; what does not apply to a domain is None.
 
-    ``vrmse``: mean over snapshots that are not silent, per field and velocity component; ``octaves`` and ``spectrum``:
-    energies pooled over snapshots, those of the error and of the decoded field over the truth's; ``gradients``,
-    ``wall_shear``, ``permeability``, ``flux_in_solid``: as the modules named so say.
+    ``vrmse``: mean over snapshots that are not silent, per field and velocity component; ``baseline_vrmse``: that of
+    velocity, per baseline, over the same; ``octaves`` and ``spectrum``: energies pooled over snapshots, those of the
+    error and of the decoded field over the truth's; ``gradients``, ``wall_shear``, ``permeability``,
+    ``flux_in_solid``: as the modules named so say.
     """
     if not trajectories:
         raise ValueError("trajectories: none to measure. Pass the held-out ones.")
@@ -103,7 +79,11 @@ def summarise_reconstruction(trajectories: list[TrajectoryRows], grid: Grid) -> 
     absent = {"permeability": None, "flux_in_solid": None}
     return {
         "num_snapshots": sum(len(t.vrmse) for t in trajectories),
-        "vrmse": _summarise_vrmse(trajectories),
+        "vrmse": {name: _mean_of_loud(trajectories, lambda t, i=i: t.vrmse[:, i], i) for i, name in enumerate(FIELDS)},
+        "baseline_vrmse": {
+            name: _mean_of_loud(trajectories, lambda t, name=name: t.baseline_vrmse[name], 0)
+            for name in trajectories[0].baseline_vrmse
+        },
         "octaves": octaves,
         "highest_octave_energy_ratio": octaves["velocity"]["energy_ratio"][-1],
         "spectrum": summarise_shells(spectra, grid),
@@ -126,11 +106,13 @@ def _sample_chunk(decoded: DecodedFields, fields: TrueFields, grid: Grid, baseli
     truth, guess = (torch.cat([f.velocity, f.pressure], 1) for f in (fields, decoded))
     true_velocity, velocity = fields.velocity, decoded.velocity
     fluid = find_fluid(fields.medium.to(velocity.device))
+    reconstructed = {name: reconstruct(true_velocity) for name, reconstruct in baselines.items()}
     pairs = {"velocity": (true_velocity, velocity), "pressure": (fields.pressure, decoded.pressure)}
-    pairs |= {name: (true_velocity, reconstruct(true_velocity)) for name, reconstruct in baselines.items()}
+    pairs |= {name: (true_velocity, guess) for name, guess in reconstructed.items()}
     return TrajectoryRows(
         vrmse=_over_fields(vrmse, guess, truth),
         deviation=_over_fields(lambda _, field: _deviation(field), guess, truth),
+        baseline_vrmse={name: vrmse(guess, true_velocity).cpu() for name, guess in reconstructed.items()},
         spectra={name: sample_spectrum(*pair, grid) for name, pair in pairs.items()},
         gradients=(
             sample_gradients(true_velocity, true_velocity, grid, fluid),
@@ -141,9 +123,12 @@ def _sample_chunk(decoded: DecodedFields, fields: TrueFields, grid: Grid, baseli
     )
 
 
-def _summarise_vrmse(trajectories: list[TrajectoryRows]) -> dict[str, float | None]:
-    values = torch.cat([t.vrmse.where(_loud(t.deviation), math.nan) for t in trajectories]).nanmean(0).tolist()
-    return {name: value if math.isfinite(value) else None for name, value in zip(FIELDS, values, strict=True)}
+def _mean_of_loud(
+    trajectories: list[TrajectoryRows], errors: Callable[[TrajectoryRows], Tensor], field: int
+) -> float | None:
+    """Mean over the snapshots in which a field, numbered as in ``FIELDS``, is not silent; None if it always is."""
+    mean = torch.cat([errors(t)[_loud(t.deviation)[:, field]] for t in trajectories]).mean().item()
+    return mean if math.isfinite(mean) else None
 
 
 def _loud(deviation: Float[Tensor, "t f"]) -> Tensor:
@@ -175,6 +160,7 @@ def _join(parts: list[TrajectoryRows]) -> TrajectoryRows:
     return TrajectoryRows(
         vrmse=torch.cat([part.vrmse for part in parts]),
         deviation=torch.cat([part.deviation for part in parts]),
+        baseline_vrmse={n: torch.cat([part.baseline_vrmse[n] for part in parts]) for n in parts[0].baseline_vrmse},
         spectra={name: joined([part.spectra[name] for part in parts]) for name in parts[0].spectra},
         gradients=(joined([part.gradients[0] for part in parts]), joined([part.gradients[1] for part in parts])),
         walls=[walls for part in parts for walls in part.walls],

@@ -3,6 +3,7 @@
 Imports neither torch nor deepspeed, so that a report costs seconds.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,10 +125,10 @@ def _find_conservation_tiles(run: Run) -> list[Tile]:
 
 def _find_sharpness_tiles(run: Run) -> list[Tile]:
     ratios = [pick(d, "reconstruction", "highest_octave_energy_ratio") for d in run.domains.values()]
-    ratios = [ratio for ratio in ratios if ratio]
+    ratios = [ratio for ratio in ratios if ratio is not None]
     if not ratios:
         return []
-    worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+    worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio) if ratio else math.inf)
     verdict = "good" if 0.5 <= worst <= 2 else "bad"
     return [
         Tile("Energy in the highest octave", format_number(worst), "of the truth's; domain furthest from 1", verdict)

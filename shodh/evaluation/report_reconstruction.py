@@ -181,7 +181,9 @@ def _show_smoothness(blocks: Mapping[str, Any]) -> str:
         for name, parts in gains.items()
         for part, gain in parts.items()
     ]
-    table = html.table(header, rows) + html.paragraph(SMOOTHNESS_NOTE, quiet=True)
+    skipped = {name: b["largest_gain_skipped"] for name, b in blocks.items() if b.get("largest_gain_skipped")}
+    said = "".join(html.paragraph(f"{name}, worst direction not measured: {why}") for name, why in skipped.items())
+    table = html.table(header, rows) + said + html.paragraph(SMOOTHNESS_NOTE, quiet=True)
     return html.subheading("Smoothness of the decoder") + html.figures([picture], 330) + table
 
 

@@ -25,7 +25,8 @@ PHASES = {"tokenizer": "Tokenizer", "pretrain": "Pretraining"}
 
 EVALUATION_NOTE = (
     "On held-out trajectories. VRMSE: root mean square error over the truth's standard deviation, so the mean field "
-    "scores 1. Block KLT: the best linear code of as many values a block. Persistence: the next state is the current."
+    "scores 1; the tokenizer's leaves out snapshots at rest. Block KLT: the best linear code of as many values a "
+    "block. Persistence: the next state is the current."
 )
 FIELDS_NOTE = (
     "A slice through one held-out snapshot: the truth, what the model decodes, and the difference. Truth and decoded "
@@ -73,7 +74,15 @@ def show_evaluation(run: Run) -> str:
                 *(format_number(domain.get(k)) for k in ("latent_mse", "latent_mse_over_persistence", "decoded_mse")),
             ]
         )
-    return html.table(header, rows) + html.paragraph(EVALUATION_NOTE, quiet=True)
+    return html.table(header, rows) + html.paragraph(EVALUATION_NOTE, quiet=True) + _say_projected(run)
+
+
+def _say_projected(run: Run) -> str:
+    names = [name for name, domain in run.domains.items() if domain.get("projected")]
+    if not names:
+        return ""
+    said = "decoded fields were projected into the pores before errors, rollouts and conservation were measured."
+    return html.paragraph(f"{', '.join(names)}: {said}")
 
 
 def show_fields(run: Run) -> str:

@@ -100,16 +100,16 @@ def measure_rollout(predict: Predict, decode: Decode, truth: TrueTrajectory) -> 
     return result | _measure_energy(velocity[-1:], truth.velocity[-1:], truth.boundary) | {"num_steps": num_steps}
 
 
-def average_rollouts(measurements: Sequence[Any]) -> Any:
-    """The mean of measurements of several trajectories, number by number; None entries count for nothing."""
+def average_present(measurements: Sequence[Any]) -> Any:
+    """The mean of measurements, number by number; None entries count for nothing, and of nothing it is None."""
     present = [m for m in measurements if m is not None]
     if not present:
         return None
     if isinstance(present[0], dict):
-        return {key: average_rollouts([m.get(key) for m in present]) for key in present[0]}
+        return {key: average_present([m.get(key) for m in present]) for key in present[0]}
     if isinstance(present[0], list):
         longest = max(map(len, present))
-        return [average_rollouts([m[i] for m in present if i < len(m)]) for i in range(longest)]
+        return [average_present([m[i] for m in present if i < len(m)]) for i in range(longest)]
     return sum(present) / len(present)
 
 
@@ -134,7 +134,7 @@ def _measure_field(suffix: str, predicted: Tensor, floor: Tensor, truth: Tensor)
             error if math.isfinite(error) and not quiet else None
             for error, quiet in zip(row.tolist(), silent.tolist(), strict=True)
         ]
-        result[name + suffix] = {"1": steps[0], "2-5": average_rollouts(steps[1:5]), "last": steps[-1]}
+        result[name + suffix] = {"1": steps[0], "2-5": average_present(steps[1:5]), "last": steps[-1]}
         result[f"{name}{suffix}_per_step"] = steps
     return result
 

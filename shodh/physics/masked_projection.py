@@ -121,7 +121,8 @@ def remove_divergence_in_pores(
 ) -> Float[np.ndarray, "m"]:
     """Fluxes through the open faces without divergence, the nearest by kinetic energy, in FP64.
 
-    The divergence left has a root sum of squares below half a step of the lattice that the flux will be put on.
+    The divergence left has a root sum of squares of at most half a step of the given flux's lattice. Where little of
+    it can flow, the result may be put on a lattice up to 64 times finer; ``balance`` leads away what is left.
     """
     largest = float(np.abs(flux).max(initial=0.0))
     if largest == 0:

@@ -151,6 +151,24 @@ def test_samples_are_spread_over_trajectories_and_times():
     assert len(spread_samples(trajectories, 100)) == 30
 
 
+def test_largest_gain_that_does_not_fit_is_none_with_its_reason_and_the_others_are_measured():
+    linear = make_linear_decoder(torch.ones(SIZE))
+
+    def decode(latent, medium):
+        return DecodedFields(linear(latent, medium), linear(latent, medium), torch.zeros(1, 1, 8, 8, 8))
+
+    def refuse(latent, medium):
+        raise MemoryError("it takes 26 GB")
+
+    trajectory = LatentTrajectory(torch.randn(5, *LATENT[1:]), torch.zeros(2, 2, 2, 2), torch.ones(8, 8, 8))
+    quality = measure_latent_quality([trajectory], decode, refuse)
+    assert quality["largest_gain_skipped"] == "it takes 26 GB"
+    for part in quality["smoothness"].values():
+        assert part["largest_gain"] is None
+        assert part["mean"] == pytest.approx([1.0] * 3, abs=10 * torch.finfo(torch.float32).eps / 1e-3)  # orthogonal
+    assert "largest_gain_skipped" not in measure_latent_quality([trajectory], decode, linear)
+
+
 def test_gain_of_the_pattern_leaves_out_the_mean_flow():
     linear = make_linear_decoder(torch.ones(SIZE))
 

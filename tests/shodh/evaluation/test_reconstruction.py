@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shodh.evaluation.permeability import find_fluid, sample_porous, solid_faces, summarise_porous
-from shodh.evaluation.reconstruction import TrueFields, measure_reconstruction, sample_trajectory
+from shodh.evaluation.reconstruction import TrueFields, sample_trajectory, summarise_reconstruction
 from shodh.evaluation.velocity_gradients import sample_gradients, summarise_gradients, velocity_gradients
 from shodh.evaluation.wall_shear import sample_wall_shear, summarise_wall_shear
 from shodh.fields import DecodedFields, Grid
@@ -28,17 +28,10 @@ def make_fields(n: int = 16, num: int = 3, medium: torch.Tensor | None = None) -
 
 
 def measure(fields: TrueFields, grid: Grid, change, baselines=None) -> dict:
-    """The judgement of a codec that knows the fields and decodes what ``change`` makes of velocity and pressure."""
-
-    def encode(velocity, pressure, medium):
-        assert medium.shape == (len(velocity), 1, *grid.shape)
-        return torch.cat([velocity, pressure], 1), medium
-
-    def decode(latent, medium):
-        changed = change(latent)
-        return DecodedFields(changed[:, :3], changed[:, :3], changed[:, 3:])
-
-    return measure_reconstruction(decode, encode, [fields], grid, baselines)
+    """The judgement of a codec that decodes what ``change`` makes of velocity and pressure."""
+    changed = change(torch.cat([fields.velocity, fields.pressure], 1))
+    decoded = DecodedFields(changed[:, :3], changed[:, :3], changed[:, 3:])
+    return summarise_reconstruction([sample_trajectory(decoded, fields, grid, baselines)], grid)
 
 
 @pytest.mark.parametrize("boundary", [PERIODIC, CHANNEL, ("open",) * 3])
@@ -68,13 +61,17 @@ def test_vrmse_is_per_field_and_component_and_leaves_silent_snapshots_out():
         noise[:, 1] = 1.0  # a uniform flow too much: an error of the mean, relative to the deviation
         return latent * (1 - change) + noise
 
-    vrmse = measure(fields, make_grid(), spoil)["vrmse"]
+    measured = measure(fields, make_grid(), spoil, {"half": lambda velocity: velocity / 2})
+    vrmse = measured["vrmse"]
     deviation = fields.velocity[1:].var((-3, -2, -1), correction=0)
     assert vrmse["velocity_x"] == pytest.approx(
         (0.25 * (fields.velocity[1:, 0].square().mean((-3, -2, -1)) / deviation[:, 0])).sqrt().mean().item(), rel=1e-5
     )
     assert vrmse["velocity_y"] == pytest.approx(deviation[:, 1].rsqrt().mean().item(), rel=1e-5)
     assert vrmse["velocity_z"] == 0
+    assert measured["baseline_vrmse"]["half"] == pytest.approx(
+        (0.25 * fields.velocity[1:].square().mean((1, 2, 3, 4)) / deviation.mean(1)).sqrt().mean().item(), rel=1e-5
+    )
     assert vrmse["pressure"] == pytest.approx(0.2, rel=1e-2)  # but for the mean of 4096 random values
 
 
@@ -117,9 +114,10 @@ def test_spectrum_of_shells_sums_to_the_octaves_and_baselines_get_curves_of_thei
 def test_measuring_in_chunks_changes_nothing(monkeypatch):
     porous = (torch.rand(16, 16, 16) > 0.3).float()
     fields = make_fields(num=5, medium=porous)
-    whole = measure(fields, make_grid(), lambda latent: 0.5 * latent)
+    baselines = {"third": lambda velocity: velocity / 3}
+    whole = measure(fields, make_grid(), lambda latent: 0.5 * latent, baselines)
     monkeypatch.setattr("shodh.evaluation.reconstruction.CELLS_AT_ONCE", 2 * 16**3)
-    assert json.dumps(measure(fields, make_grid(), lambda latent: 0.5 * latent)) == json.dumps(whole)
+    assert json.dumps(measure(fields, make_grid(), lambda latent: 0.5 * latent, baselines)) == json.dumps(whole)
     decoded = DecodedFields(fields.velocity / 2, fields.velocity / 2, fields.pressure / 2)
     rows = sample_trajectory(decoded, fields, make_grid())
     assert rows.vrmse.shape == (5, 5) and rows.vrmse[:, 0].mean().item() == pytest.approx(whole["vrmse"]["velocity"])
@@ -127,7 +125,7 @@ def test_measuring_in_chunks_changes_nothing(monkeypatch):
 
 def test_no_trajectories_are_refused():
     with pytest.raises(ValueError, match="trajectories: none to measure"):
-        measure_reconstruction(lambda *z: z, lambda *f: f, [], make_grid())  # type: ignore[arg-type]
+        summarise_reconstruction([], make_grid())
 
 
 def couette(grid: Grid, slope: float, num: int = 2) -> torch.Tensor:

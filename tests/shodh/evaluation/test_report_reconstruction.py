@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from shodh.evaluation.latent_quality import LatentTrajectory, measure_latent_quality, sum_moments, summarise_moments
-from shodh.evaluation.reconstruction import TrueFields, measure_reconstruction
-from shodh.evaluation.report import write_report
+from shodh.evaluation.reconstruction import TrueFields, sample_trajectory, summarise_reconstruction
+from shodh.evaluation.report import _find_sharpness_tiles, write_report
+from shodh.evaluation.report_run import read_run
 from shodh.fields import DecodedFields, Grid
 
 N = 16
@@ -34,8 +35,9 @@ def measure_domain(name: str) -> dict:
     fields = TrueFields(velocity, torch.randn(4, 1, N, N, N), medium)
     baselines = {"block_klt": lambda field: 0.3 * field}
     latents = LatentTrajectory(torch.cat([velocity, fields.pressure], 1), medium[None], medium)
+    decoded = decode(latents.latents, medium)
     return {
-        "reconstruction": measure_reconstruction(decode, encode, [fields], grid, baselines),
+        "reconstruction": summarise_reconstruction([sample_trajectory(decoded, fields, grid, baselines)], grid),
         "latents": measure_latent_quality([latents], decode, lambda z, m: decode(z, m).velocity, encode),
     }
 
@@ -88,6 +90,33 @@ def test_what_does_not_apply_is_not_shown(tmp_path):
     text = read_text(write_report(tmp_path))
     assert "Wall shear" not in text and "Flow through solids" not in text and "Smoothness" not in text
     assert "1/2 to 1" in text and "effective channels" in text
+
+
+@pytest.mark.parametrize(
+    ("ratios", "shown", "verdict"),
+    [
+        ((0.0, 1.1), "0.0", "bad"),
+        ((3.0, 0.0), "0.0", "bad"),
+        ((0.9, 3.0), "3.000", "bad"),
+        ((0.6, 1.1), "0.600", "good"),
+    ],
+)
+def test_sharpness_tile_shows_the_worst_domain_and_no_energy_at_all_is_the_worst(tmp_path, ratios, shown, verdict):
+    reconstructions = [{"highest_octave_energy_ratio": ratio} for ratio in (*ratios, None)]
+    evaluation = {"domains": {f"domain{i}": {"reconstruction": block} for i, block in enumerate(reconstructions)}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    (tile,) = _find_sharpness_tiles(read_run(tmp_path))
+    assert (tile.value, tile.verdict) == (shown, verdict)
+
+
+def test_skipped_worst_direction_is_a_dash_and_its_reason_one_line(tmp_path):
+    block = measure_domain("open_channel")
+    for gain in block["latents"]["smoothness"].values():
+        gain["largest_gain"] = None
+    block["latents"]["largest_gain_skipped"] = "to differentiate takes 26 GB."
+    (tmp_path / "evaluation.json").write_text(json.dumps({"domains": {"sound": block}}))
+    text = read_text(write_report(tmp_path))
+    assert text.count("sound, worst direction not measured: to differentiate takes 26 GB.") == 1
 
 
 def test_run_without_these_measurements_says_so(tmp_path):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from shodh.evaluation.rollout import TrueTrajectory, average_rollouts, measure_one_step, measure_rollout, roll_out
+from shodh.evaluation.rollout import TrueTrajectory, average_present, measure_one_step, measure_rollout, roll_out
 from shodh.fields import LatentBatch
 from shodh.physics.spectra import vrmse
 
@@ -102,7 +102,7 @@ def test_one_step_errors_match_their_definition_and_do_not_depend_on_batching():
 
 def test_average_of_measurements_skips_missing_numbers():
     one, other = {"a": {"1": 1.0, "2-5": None}, "b": [1.0, 2.0]}, {"a": {"1": 3.0, "2-5": None}, "b": [3.0]}
-    assert average_rollouts([one, other]) == {"a": {"1": 2.0, "2-5": None}, "b": [2.0, 2.0]}
+    assert average_present([one, other]) == {"a": {"1": 2.0, "2-5": None}, "b": [2.0, 2.0]}
 
 
 def test_vrmse_of_rollout_is_that_of_the_physics_room():

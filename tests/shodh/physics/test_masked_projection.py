@@ -109,6 +109,19 @@ def test_flow_along_a_straight_pore_passes_unchanged_and_a_dead_end_carries_none
     assert torch.equal(projected, expected)
 
 
+@pytest.mark.parametrize("part_of_the_flux", [1.0, 1e-6])
+def test_divergence_left_by_the_iteration_is_below_half_a_step_of_the_given_fluxes_lattice(part_of_the_flux):
+    """Of a flux that the pores nearly stop altogether, too: then the step it is rounded to is finer."""
+    grid, pore = make_grid(PERIODIC, stretched=False), torch.rand(SHAPE) < 0.7
+    network = connect_pores(pore, grid.boundary)
+    potential = torch.randn(network.num_cells, dtype=torch.float64).numpy()
+    given = potential[network.lower] - potential[network.upper]
+    given *= np.broadcast_to(grid.face_area / grid.face_distance, (3, *SHAPE)).ravel()[network.face]
+    given += part_of_the_flux * torch.randn(len(given), dtype=torch.float64).numpy()
+    left = network.divergence(remove_divergence_in_pores(given, network, grid))
+    assert 0 < np.linalg.norm(left) <= lattice_step(np.abs(given).max()) / 2
+
+
 def test_two_faces_between_the_same_cells_of_a_box_two_cells_wide_are_told_apart():
     grid = Grid(shape=(2, 2, 2), spacing=(1.0, 1.0, 1.0), boundary=PERIODIC)
     for _ in range(20):
