@@ -27,10 +27,11 @@ def plot_ladder(rungs: Sequence[Rung], path: Path) -> None:
         for name, (label, colour, style) in CURVES.items():
             rates = [rung.latent_channels for rung in ladder]
             axis.plot(rates, [getattr(rung.domains[domain], name) for rung in ladder], style, color=colour, label=label)
-        axis.set(title=domain, xscale="log", ylim=(0, None), xlabel=f"latent channels C, one value per {CELLS} cells")
+        axis.set(title=domain, xscale="log", xlabel=f"latent channels C, of {CELLS} cells each")
         axis.set_xticks(rates, [str(rate) for rate in rates], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    axes[0][0].set_ylim(bottom=0)  # of all, which share it, once all are drawn
     axes[0][0].set_ylabel("velocity VRMSE, held out")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
