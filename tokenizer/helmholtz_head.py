@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from shodh.fields import Boundary, DomainSpec, Grid
 from shodh.physics.helmholtz import Potentials, compose_velocity, snap_potentials
-from tokenizer.layers import ChannelNorm, Convolution, depth_to_space, pad_one
+from tokenizer.layers import ChannelNorm, Convolution, pad_one
 
 NUM_OUTPUTS = 5  # 3 circulations, scalar potential, pressure
 PRESSURE = 4
@@ -66,7 +66,7 @@ class HelmholtzHead(nn.Module):
             bias = torch.cat([biases[output] for output in outputs])
             detail = functional.conv3d(pad_one(self._activate(2, fine), boundary), kernel, bias)
             smooth = upsample_smoothly(upsample_smoothly(begun, boundary), boundary)
-            return smooth.add_(depth_to_space(detail))
+            return _add_cubes(smooth, detail)
 
     def _activate(self, level: int, features: Tensor) -> Tensor:
         return functional.silu(self.norms[level](features.float()))
@@ -89,6 +89,12 @@ def upsample_smoothly(values: Float[Tensor, "b f x y z"], boundary: Sequence[Bou
         pair = torch.stack([torch.lerp(values, lower, 0.25), torch.lerp(values, upper, 0.25)], axis + 3)
         values = pair.flatten(axis + 2, axis + 3)
     return values
+
+
+def _add_cubes(smooth: Float[Tensor, "b o x y z"], detail: Float[Tensor, "b p u v w"]) -> Float[Tensor, "b o x y z"]:
+    """``smooth + depth_to_space(detail)`` in one pass over memory."""
+    cubes = rearrange(detail, "b (o i j k) x y z -> b o x i y j z k", i=2, j=2, k=2)
+    return (rearrange(smooth, "b o (x i) (y j) (z k) -> b o x i y j z k", i=2, j=2, k=2) + cubes).reshape(smooth.shape)
 
 
 def _convolve_to_few(

@@ -70,8 +70,9 @@ def curl_of_edges(edges: Float[Tensor, "*s 3 x y z"], boundary: Boundaries) -> F
     a = _components_off_walls(edges, boundary)
     return torch.stack(
         [
-            difference_up(a[(i + 2) % 3], (i + 1) % 3, boundary[(i + 1) % 3])
-            - difference_up(a[(i + 1) % 3], (i + 2) % 3, boundary[(i + 2) % 3])
+            difference_up(a[(i + 2) % 3], (i + 1) % 3, boundary[(i + 1) % 3]).sub_(
+                difference_up(a[(i + 1) % 3], (i + 2) % 3, boundary[(i + 2) % 3])
+            )
             for i in range(3)
         ],
         -4,

@@ -35,7 +35,7 @@ def compose_velocity(
         return gradient_of_cells(potentials.scalar, boundary)
     flows = zip(potentials.mean_flow.unbind(1), boundary, strict=True)
     mean_flow = torch.stack([torch.zeros_like(flow) if b == "wall" else flow for flow, b in flows], 1)
-    flux = curl_of_edges(potentials.circulation, boundary) + rearrange(mean_flow, "b f -> b f 1 1 1")
+    flux = curl_of_edges(potentials.circulation, boundary).add_(rearrange(mean_flow, "b f -> b f 1 1 1"))
     return flux if space == "solenoidal" else flux + gradient_of_cells(potentials.scalar, boundary)
 
 
