@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from gain import require_room
 from jaxtyping import Float
-from largest_gain import require_room
 from memory import memory_to_use
 from torch import Tensor
 from tqdm import tqdm

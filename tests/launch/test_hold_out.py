@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_domain
-from largest_gain import forecast_largest_gain, require_room
+from gain import forecast_largest_gain, require_room
 from parts import hold_out, normalised_batch
 from torch.profiler import ProfilerActivity, profile
 
