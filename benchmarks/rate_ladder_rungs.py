@@ -137,13 +137,14 @@ def measure_domain(
         guesses = [decoded.velocity, *(code.reconstruct(fields.velocity) for code in codes)]
         errors.append(compare(fields.velocity, guesses))
     summary = summarise_reconstruction(rows, grid)
+    pressure = summary["vrmse"]["pressure"]
     highest = {key: summary["octaves"]["velocity"][key][-1] for key in ("energy_ratio", "correlation")}
     ours, of_klt, of_klt_with_medium = torch.cat(errors).nanmean(0).tolist()
     return Measured(
         vrmse=ours,
         vrmse_of_klt=of_klt,
         vrmse_of_klt_with_medium=of_klt_with_medium,
-        vrmse_of_pressure=summary["vrmse"]["pressure"] or math.nan,
+        vrmse_of_pressure=math.nan if pressure is None else pressure,
         **highest,
     )
 

@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shodh.evaluation.latent_quality import LatentSample, measure_largest_gain, without_mean
 from shodh.fields import DomainSpec, Grid
+from shodh.units import format_bytes
 from tokenizer.autoencoder import DOWNSAMPLING, Autoencoder, AutoencoderConfig
-from tokenizer.budget import format_bytes
 from tokenizer.helmholtz_head import face_measure
 from tokenizer.memory import HEAP_BYTES, OPERATORS, PeakMemory
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shodh.config import ConfigError
 from shodh.fields import DecodedFields, DomainSpec, FieldBatch, Grid
+from shodh.units import format_bytes
 from tokenizer.autoencoder import DOWNSAMPLING, Autoencoder, AutoencoderConfig
 from tokenizer.memory import Task, forecast_memory
 from tokenizer.tiling import Tiles, decode_fields_tiled, encode_tiled
@@ -90,11 +91,6 @@ def describe_plan(plan: Plan, task: Task, num_samples: int, grid: Grid, max_byte
         f"{needed}, {there}: {plan.tiles.num_samples} at a time in slabs of {cells} cells, which takes "
         f"{format_bytes(plan.num_bytes)}"
     )
-
-
-def format_bytes(count: int) -> str:
-    """In MB or GB, three digits."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _numbers_of_parts(length: int) -> list[int]:

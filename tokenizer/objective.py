@@ -14,7 +14,7 @@ from shodh.fields import Boundary, FieldBatch
 from shodh.physics.spectra import fourier_modes, mode_wavenumbers, octave_of
 from tokenizer.autoencoder import Decoded
 
-SILENT = 1e-3  # share of the energy below which an octave is not worth having
+NEGLIGIBLE = 1e-3  # share of the energy below which an octave is not worth having
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,10 @@ def octave_error(
     """Mean square of log(decoded / true energy) over octaves of wavenumber, those beyond Nyquist one more.
 
     Squared errors alone leave out what cannot be told from the latents, which are the small scales. An octave with
-    less than ``SILENT`` of the energy counts as if it had that much.
+    less than ``NEGLIGIBLE`` of the energy counts as if it had that much.
     """
     predicted, true = (octave_energy(velocity, boundary) for velocity in (prediction, truth))
-    floor = SILENT * reduce(true, "b k -> b 1", "sum") + 1e-12
+    floor = NEGLIGIBLE * reduce(true, "b k -> b 1", "sum") + 1e-12
     return torch.log((predicted + floor) / (true + floor)).square().mean()
 
 

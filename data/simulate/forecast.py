@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shodh.config import ConfigError
+from shodh.units import format_bytes
 
 LIBRARY_BYTES = 500_000_000  # of each process once PyTorch and a simulator are imported; measured 0.3-0.45 GB
 
@@ -45,7 +46,7 @@ def describe_job(job: Job) -> str:
     each, peak = job.forecast.seconds_per_trajectory, job.forecast.peak_bytes + LIBRARY_BYTES
     return (
         f"{job.name}: {job.num_left} trajectories of {_format_time(each)}, together {_format_time(job.seconds)} on one "
-        f"CPU core; memory {_format_bytes(peak)}, disk at most {_format_bytes(job.disk_bytes)}"
+        f"CPU core; memory {format_bytes(peak)}, disk at most {format_bytes(job.disk_bytes)}"
     )
 
 
@@ -55,7 +56,7 @@ def describe_total(jobs: Sequence[Job], num_workers: int) -> str:
     disk = sum(job.disk_bytes for job in jobs)
     return (
         f"forecast: {_format_time(seconds)} with {num_workers} at a time (within a factor of two; a GPU is faster), "
-        f"memory {_format_bytes(memory_needed(jobs, num_workers))}, disk at most {_format_bytes(disk)}"
+        f"memory {format_bytes(memory_needed(jobs, num_workers))}, disk at most {format_bytes(disk)}"
     )
 
 
@@ -71,14 +72,14 @@ def require_memory(jobs: Sequence[Job], num_workers: int, available: int) -> Non
     alone = memory_needed([largest], 1)
     if alone > available:
         raise ConfigError(
-            f"{largest.name}: needs {_format_bytes(alone)} of memory, {_format_bytes(available)} are available. "
+            f"{largest.name}: needs {format_bytes(alone)} of memory, {format_bytes(available)} are available. "
             f"Lower {largest.name}.resolution or {largest.name}.num_snapshots."
         )
     together = memory_needed(jobs, num_workers)
     if together > available:
         raise ConfigError(
-            f"num_processes={num_workers}: needs {_format_bytes(together)} of memory, {_format_bytes(available)} are "
-            f"available. Set num_processes=1, which needs {_format_bytes(alone)}."
+            f"num_processes={num_workers}: needs {format_bytes(together)} of memory, {format_bytes(available)} are "
+            f"available. Set num_processes=1, which needs {format_bytes(alone)}."
         )
 
 
@@ -88,7 +89,7 @@ def require_cuda_memory(jobs: Sequence[Job], num_workers: int, available: int) -
     together = sum(needs[:num_workers])
     if together > available:
         raise ConfigError(
-            f"device=cuda: needs {_format_bytes(together)} of GPU memory, {_format_bytes(available)} are free. "
+            f"device=cuda: needs {format_bytes(together)} of GPU memory, {format_bytes(available)} are free. "
             "Lower num_processes or resolution, or set device=cpu."
         )
 
@@ -100,7 +101,7 @@ def require_disk(jobs: Sequence[Job], folder: Path) -> None:
     free, needed = shutil.disk_usage(folder).free, sum(job.disk_bytes for job in jobs)
     if needed > free:
         raise ConfigError(
-            f"folder={folder}: needs {_format_bytes(needed)} of disk, {_format_bytes(free)} are free. "
+            f"folder={folder}: needs {format_bytes(needed)} of disk, {format_bytes(free)} are free. "
             "Free space, choose another folder, or lower num_trajectories."
         )
 
@@ -136,10 +137,3 @@ def _format_time(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def _format_bytes(count: int) -> str:
-    for size, unit in ((1e12, "TB"), (1e9, "GB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e6:.3g} MB"

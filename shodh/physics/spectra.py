@@ -63,7 +63,7 @@ def fourier_modes(
         for axis in range(3):
             if boundary[axis] != "periodic":
                 transform = _sines if normal and axis == i else _cosines
-                matrix = transform(values.shape[axis - 3]).to(values)
+                matrix = transform(values.shape[axis - 3], values.device).to(values.dtype)
                 values = (values.movedim(axis - 3, -1) @ matrix.T).movedim(-1, axis - 3)
         modes.append(torch.fft.fftn(values, dim=periodic, norm="forward") if periodic else values)
     return torch.stack(modes, 1)
@@ -105,15 +105,15 @@ def sum_by_bin(
     return torch.stack(rows).unflatten(0, values.shape[:2])
 
 
-def _cosines(n: int) -> Float[Tensor, "n n"]:
+def _cosines(n: int, device: torch.device) -> Float[Tensor, "n n"]:
     """Modes of samples in the middle of n cells (DCT-II), one a row, such that squares of amplitudes sum to a mean."""
-    k = torch.arange(n, dtype=torch.float64)
+    k = torch.arange(n, dtype=torch.float64, device=device)
     rows = torch.cos(math.pi / n * k[:, None] * (k[None, :] + 0.5)) * (math.sqrt(2) / n)
     rows[0] /= math.sqrt(2)
     return rows
 
 
-def _sines(n: int) -> Float[Tensor, "n n"]:
+def _sines(n: int, device: torch.device) -> Float[Tensor, "n n"]:
     """Modes of samples on the lower faces of n cells between walls (DST-I); row and column 0 are 0."""
-    k = torch.arange(n, dtype=torch.float64)
+    k = torch.arange(n, dtype=torch.float64, device=device)
     return torch.sin(math.pi / n * k[:, None] * k[None, :]) * (math.sqrt(2) / n)
