@@ -33,7 +33,7 @@ class ReconstructionObjective:
     def __init__(self, config: ReconstructionConfig) -> None:
         self.config = config
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Nothing is carried from step to step."""
 
     def __call__(self, engine: Any, batch: FieldBatch) -> tuple[dict[str, Tensor], None]:
@@ -53,22 +53,26 @@ def reconstruction_loss(decoded: Decoded, batch: FieldBatch, config: Reconstruct
             for dim in (-3, -2, -1)
         ]
     ).mean()
-    spectrum = octave_error(decoded.velocity, batch.velocity, batch.grid.boundary)
+    spectrum = octave_error(decoded.velocity, batch.velocity, batch.grid.boundary, config.variance_floor)
     total = velocity + config.pressure_weight * pressure + config.gradient_weight * gradient
     total = total + config.spectrum_weight * spectrum
     return {"total": total, "velocity": velocity, "pressure": pressure, "gradient": gradient, "spectrum": spectrum}
 
 
 def octave_error(
-    prediction: Float[Tensor, "b 3 x y z"], truth: Float[Tensor, "b 3 x y z"], boundary: Sequence[Boundary]
+    prediction: Float[Tensor, "b 3 x y z"],
+    truth: Float[Tensor, "b 3 x y z"],
+    boundary: Sequence[Boundary],
+    variance_floor: float,
 ) -> Float[Tensor, ""]:
     """Mean square of log(decoded / true energy) over octaves of wavenumber, those beyond Nyquist one more.
 
     Squared errors alone leave out what cannot be told from the latents, which are the small scales. An octave with
-    less than ``NEGLIGIBLE`` of the energy counts as if it had that much.
+    less than ``NEGLIGIBLE`` of the energy, or of what a field of variance ``variance_floor`` has, counts as if it had
+    that much: otherwise a field at rest, of which any error is infinitely many times too much, outweighs all others.
     """
     predicted, true = (octave_energy(velocity, boundary) for velocity in (prediction, truth))
-    floor = NEGLIGIBLE * reduce(true, "b k -> b 1", "sum") + 1e-12
+    floor = NEGLIGIBLE * (reduce(true, "b k -> b 1", "sum") + variance_floor * truth.shape[1])
     return torch.log((predicted + floor) / (true + floor)).square().mean()
 
 

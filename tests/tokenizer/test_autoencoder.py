@@ -1,6 +1,7 @@
 """The tokenizer: exact conservation for random weights, right units, refusals."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from conftest import make_batch, make_domain
 from shodh.physics.exterior import curl_of_faces, divergence_of_faces
 from tokenizer.autoencoder import Autoencoder, AutoencoderConfig, measure_latents
 from tokenizer.helmholtz_head import face_measure, to_grid
-from tokenizer.objective import ReconstructionConfig, ReconstructionObjective, reconstruction_loss
+from tokenizer.objective import (
+    NEGLIGIBLE,
+    ReconstructionConfig,
+    ReconstructionObjective,
+    octave_error,
+    reconstruction_loss,
+)
 
 SMALL = AutoencoderConfig(latent_channels=8, medium_channels=4, widths=(8, 16, 32))
 
@@ -134,3 +141,12 @@ def test_widths_that_are_too_small_are_refused():
 def test_objective_reports_its_terms(model):
     terms, _ = ReconstructionObjective(ReconstructionConfig())(model, make_batch(make_domain()))
     assert set(terms) == {"total", "velocity", "pressure", "gradient", "spectrum"} and terms["total"].requires_grad
+
+
+@pytest.mark.parametrize("boundary", [("periodic",) * 3, ("open",) * 3])
+def test_what_is_decoded_of_a_field_at_rest_is_not_judged_by_its_share_of_nothing(boundary):
+    still, floor = torch.zeros(2, 3, 16, 16, 16), 0.1
+    negligible = torch.randn(2, 3, 16, 16, 16) * (NEGLIGIBLE * floor) ** 0.5
+    assert float(octave_error(negligible, still, boundary, floor)) < math.log(2) ** 2
+    assert float(octave_error(still, still, boundary, floor)) == 0.0
+    assert float(octave_error(100 * negligible, still, boundary, floor)) > math.log(100) ** 2  # but it may not be loud
