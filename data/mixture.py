@@ -8,6 +8,7 @@ import bisect
 import math
 import queue
 import threading
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -32,7 +33,7 @@ T = TypeVar("T")
 Arrays = tuple[np.ndarray, ...]
 
 CPU = torch.device("cpu")
-NUM_STATES = 3  # previous, current, following
+NUM_STATES = 3  # previous, current, following: the fewest that a forecast is learnt from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +116,19 @@ class FieldMixture:
 
 
 class LatentMixture:
-    """Batches of three successive latent states; every batch holds all domains, in the proportion of their weights."""
+    """Batches of successive latent states; every batch holds all domains, in the proportion of their weights.
 
-    def __init__(self, stores: Sequence[LatentStore], config: MixtureConfig):
-        self.stores, self.config = list(stores), config
+    A domain's samples and their order depend on the seed and its name, not on which domains stand beside it, so that
+    models of one domain and of several can be trained on the same.
+    """
+
+    def __init__(self, stores: Sequence[LatentStore], config: MixtureConfig, num_states: int = NUM_STATES):
+        self.stores, self.config, self.num_states = list(stores), config, num_states
         shapes = {(s.header.latent_shape[2:], s.header.medium_shape[1:]) for s in self.stores}
         if len(shapes) > 1:
             raise ConfigError(f"latents: shapes differ between domains, {sorted(shapes)}. Use one tokenizer.")
         self._turns = _Turns(_weights(config.weights, len(self.stores)))
-        self._states = [_states(store, config.split, NUM_STATES) for store in self.stores]
+        self._states = [_states(store, config.split, num_states) for store in self.stores]
         self._cache = _Cache(config.cache_bytes)
 
     def batch(
@@ -135,17 +140,16 @@ class LatentMixture:
         turns = [first + i for i in rank_slice(config.batch_size, rank, world)]
         domains = [self._turns.domain(turn) for turn in turns]
         samples = [self._sample(d, self._turns.count_before(turn, d)) for turn, d in zip(turns, domains, strict=True)]
-        previous, current, following, medium, parameters = (
-            torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True)
-        )
-        return LatentBatch(previous, current, following, medium, parameters, torch.tensor(domains)).to(device)
+        states, medium, parameters = (torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True))
+        return LatentBatch(states, medium, parameters, torch.tensor(domains)).to(device)
 
     def _sample(self, domain: int, position: int) -> Arrays:
         store, states = self.stores[domain], self._states[domain]
-        trajectory, start = states[_shuffled(position, len(states), (self.config.seed, domain))]
-        latents = [self._latent(domain, trajectory, start + t) for t in range(NUM_STATES)]
+        key = self.config.seed, zlib.crc32(store.domain.name.encode())
+        trajectory, start = states[_shuffled(position, len(states), key)]
+        states = np.stack([self._latent(domain, trajectory, start + t) for t in range(self.num_states)])
         (medium,) = self._cache.get((domain, trajectory), lambda: (store.medium(trajectory),))
-        return *latents, medium, store.parameters(trajectory)
+        return states, medium, store.parameters(trajectory)
 
     def _latent(self, domain: int, trajectory: int, time: int) -> np.ndarray:
         store = self.stores[domain]

@@ -163,14 +163,25 @@ class DecodedFields(NamedTuple):
 
 
 class LatentBatch(NamedTuple):
-    """Three successive latent states per sample, of any mixture of domains, whitened."""
+    """Successive latent states per sample, of any mixture of domains, whitened; at least three: two are given."""
 
-    previous: Float[Tensor, "b c x y z"]
-    current: Float[Tensor, "b c x y z"]
-    following: Float[Tensor, "b c x y z"]
+    states: Float[Tensor, "b t c x y z"]
     medium: Float[Tensor, "b m x y z"]
     parameters: Float[Tensor, "b q"]
     domain: Int[Tensor, "b"]  # for telemetry and evaluation only; no model input
+
+    @property
+    def previous(self) -> Float[Tensor, "b c x y z"]:
+        return self.states[:, 0]
+
+    @property
+    def current(self) -> Float[Tensor, "b c x y z"]:
+        return self.states[:, 1]
+
+    @property
+    def following(self) -> Float[Tensor, "b c x y z"]:
+        """The state one interval after ``current``."""
+        return self.states[:, 2]
 
     def to(self, device: torch.device) -> "LatentBatch":
         """The same batch on ``device``."""

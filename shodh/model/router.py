@@ -1,7 +1,6 @@
 """The soft-semantic router: tokens choose experts by cosine similarity to learned prototypes."""
 
 import torch
-from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,8 +11,10 @@ from shodh.fields import Routing
 class SemanticRouter(nn.Module):
     """Scores = cosine(semantics, prototype) / temperature; softmax and scores always in FP32.
 
-    A token's semantics are its own projection joined with the pooled projection of its sample, so that what kind of
-    field surrounds it can speak, without any label. Chi et al., On the Representation Collapse of Sparse MoE (2022).
+    A token's semantics are its own projection joined with that of its sample, known by the mean and the spread of its
+    tokens, so that what kind of field surrounds it can speak, without any label. Chi et al., On the Representation
+    Collapse of Sparse MoE (2022). ``bias`` shifts which expert is best, not how much it counts; it is 0 unless
+    something adjusts it.
     """
 
     def __init__(self, width: int, num_experts: int, top_k: int, semantic_width: int, temperature: float) -> None:
@@ -21,15 +22,24 @@ class SemanticRouter(nn.Module):
         self.top_k = top_k
         self.temperature = temperature
         self.token = nn.Linear(width, semantic_width, bias=False)
-        self.context = nn.Linear(width, semantic_width, bias=False)
+        self.context = nn.Linear(2 * width, semantic_width, bias=False)
         self.prototype = nn.Parameter(torch.randn(num_experts, semantic_width))
+        self.bias: Tensor
+        self.register_buffer("bias", torch.zeros(num_experts))
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Routing:
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
-            pooled = reduce(tokens, "b n d -> b 1 d", "mean")
-            semantics = functional.normalize(self.token(tokens) + self.context(pooled), dim=-1).flatten(0, 1)
+            variance, mean = torch.var_mean(tokens, 1, keepdim=True, correction=0)
+            sample = self.context(torch.cat([mean, (variance + 1e-6).sqrt()], -1))
+            semantics = functional.normalize(self.token(tokens) + sample, dim=-1).flatten(0, 1)
             score = semantics @ functional.normalize(self.prototype, dim=-1).T / self.temperature
             probability = score.softmax(-1)
-            gate, expert = probability.topk(self.top_k, dim=-1)
+            expert = (score + self.bias).topk(self.top_k, dim=-1).indices
+            gate = probability.gather(-1, expert)
         return Routing(expert, gate, probability, score)
+
+
+def find_routers(model: nn.Module) -> list[SemanticRouter]:
+    """The learned routers of a model, layer by layer."""
+    return [module for module in model.modules() if isinstance(module, SemanticRouter)]

@@ -29,7 +29,8 @@ class TransformerConfig:
     num_heads: int = 6
     num_experts: int = 8
     top_k: int = 1
-    hidden: int = 384  # of each expert and of the shared one
+    hidden: int = 384  # of the shared expert and, unless they have a size of their own, of each routed one
+    expert_hidden: int | None = None  # of each routed expert; None: as the shared one
     semantic_width: int = 32
     temperature: float = 0.1
 
@@ -46,6 +47,8 @@ class TransformerConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
+        if self.expert_hidden is not None and self.expert_hidden < 1:
+            raise ValueError(f"expert_hidden={self.expert_hidden}: must be at least 1. Raise it, or leave it out.")
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
                 f"width={self.width}: each of {self.num_heads} heads needs an even share. Change one of them."
@@ -75,7 +78,7 @@ class Block(nn.Module):
         self.mixture = MixtureOfExperts(
             SemanticRouter(width, config.num_experts, config.top_k, config.semantic_width, config.temperature),
             SharedExpert(width, config.hidden),
-            StackedExperts(config.num_experts, width, config.hidden),
+            StackedExperts(config.num_experts, width, config.expert_hidden or config.hidden),
         )
         self.modulation = nn.Linear(width, 4 * width)
         nn.init.zeros_(self.modulation.weight)

@@ -39,7 +39,7 @@ class StepRecord(NamedTuple):
 class Objective(Protocol):
     """Turns a batch into named loss terms (``total`` is minimised) and anything the hooks want to see."""
 
-    def begin_step(self) -> None: ...
+    def begin_step(self, step: int) -> None: ...
 
     def __call__(self, engine: Any, batch: Any) -> tuple[dict[str, Tensor], Any]: ...
 
@@ -77,7 +77,7 @@ def _run_step(engine: Any, objective: Objective, batches: Iterator[Any], config:
     torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + torch.distributed.get_rank())
     learning_rate = learning_rate_at(step, config.schedule)
     set_learning_rate(engine, learning_rate)
-    objective.begin_step()
+    objective.begin_step(step)
     terms, outputs = [], []
     for _ in range(engine.gradient_accumulation_steps()):
         losses, output = objective(engine, next(batches))

@@ -1,5 +1,6 @@
-"""What pretraining minimises: the relative forecast error, global-batch balance and the z-loss."""
+"""What pretraining minimises: the relative forecast error, global-batch balance, information and the z-loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,89 +10,91 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shodh.fields import LatentBatch, Routing
+from shodh.training.balance import GlobalLoad, balance_loss, information_loss, measure_load, z_loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastConfig:
-    """Weights beside the forecast error, whose weight is 1."""
+    """Weights beside the forecast error, whose weight is 1, and how many steps are predicted in a row."""
 
     mean_weight: float = 16.0
     balance_weight: float = 0.01
+    information_weight: float = 0.0
+    bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
+    unroll: int = 1  # steps predicted in a row, each from the model's own predictions
+    unroll_from: int = 0  # optimizer step from which on; before it one step is predicted
+
+    def __post_init__(self) -> None:
+        if self.unroll < 1:
+            raise ValueError(f"unroll={self.unroll}: there is nothing to predict. Give at least 1.")
+        for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight", "unroll_from"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0 to switch it off.")
 
 
 class RoutedBatch(NamedTuple):
-    """What telemetry needs of a micro-batch."""
+    """What telemetry needs of a micro-batch: the routings of its first predicted step."""
 
     routings: tuple[Routing, ...]
     domain: Int[Tensor, "b"]
 
 
 class ForecastObjective:
-    """Objective of pretraining; counts tokens per expert over ranks and the accumulation steps so far."""
+    """Objective of pretraining; balance and information see all ranks and the accumulation steps so far."""
 
     def __init__(self, config: ForecastConfig) -> None:
         self.config = config
-        self.token_count: Tensor | None = None  # (layer, expert), of the present step
+        self.num_predicted = 1
+        self.load: GlobalLoad | None = None  # of the present step
 
-    def begin_step(self) -> None:
-        self.token_count = None
+    def begin_step(self, step: int) -> None:
+        self.num_predicted = self.config.unroll if step >= self.config.unroll_from else 1
+        self.load = None
 
     def __call__(self, engine: Any, batch: LatentBatch) -> tuple[dict[str, Tensor], RoutedBatch]:
-        forecast = engine(batch.previous, batch.current, batch.medium, batch.parameters)
-        counts = torch.stack([count_tokens(routing) for routing in forecast.routings])
-        torch.distributed.all_reduce(counts)
-        self.token_count = counts if self.token_count is None else self.token_count + counts
-        data = relative_change_error(forecast.latent, batch, self.config.change_floor)
-        mean = relative_mean_error(forecast.latent, batch, self.config.change_floor)
-        balance = torch.stack(
-            [balance_loss(r, count) for r, count in zip(forecast.routings, self.token_count, strict=True)]
-        ).mean()
-        z = torch.stack([z_loss(routing) for routing in forecast.routings]).mean()
-        total = data + self.config.mean_weight * mean
-        total = total + self.config.balance_weight * balance + self.config.z_weight * z
-        detached = tuple(Routing(*(value.detach() for value in routing)) for routing in forecast.routings)
-        terms = {"total": total, "data": data, "mean": mean, "balance": balance, "z": z}
-        return terms, RoutedBatch(detached, batch.domain)
+        previous, current = batch.previous, batch.current
+        terms, routings = [], []
+        for k in range(self.num_predicted):
+            forecast = engine(previous, current, batch.medium, batch.parameters)
+            change = batch.states[:, 2 + k] - batch.states[:, 1 + k]
+            error = relative_errors(forecast.latent - batch.states[:, 2 + k], change, self.config.change_floor)
+            terms.append(error | self._weigh_routing(forecast.routings, len(current)))
+            routings.append(forecast.routings)
+            previous, current = current, forecast.latent
+        mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+        detached = tuple(Routing(*(value.detach() for value in routing)) for routing in routings[0])
+        return self._total(mean) | mean, RoutedBatch(detached, batch.domain)
+
+    def _weigh_routing(self, routings: Sequence[Routing], num_samples: int) -> dict[str, Tensor]:
+        load = measure_load(routings, num_samples)
+        self.load = load if self.load is None else self.load + load
+        layers = list(zip(routings, *self.load, strict=True))
+        return {
+            "balance": torch.stack([balance_loss(routing, choices) for routing, choices, _ in layers]).mean(),
+            "information": torch.stack([information_loss(r, num_samples, whole) for r, _, whole in layers]).mean(),
+            "z": torch.stack([z_loss(routing) for routing in routings]).mean(),
+        }
+
+    def _total(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        config = self.config
+        routing = config.balance_weight * terms["balance"] + config.information_weight * terms["information"]
+        return {"total": terms["data"] + config.mean_weight * terms["mean"] + routing + config.z_weight * terms["z"]}
 
 
-def relative_change_error(
-    prediction: Float[Tensor, "b c x y z"], batch: LatentBatch, floor: float
-) -> Float[Tensor, ""]:
-    """Squared error over the squared change of each sample, averaged: persistence scores 1 (less for still samples).
-
-    The scale comes from the sample alone, so no label is needed to weigh slow and fast physics alike.
+def relative_errors(
+    error: Float[Tensor, "b c x y z"], change: Float[Tensor, "b c x y z"], floor: float
+) -> dict[str, Tensor]:
+    """ "data": squared error over the squared change of each sample, averaged: persistence scores 1 (less for still
+    samples). "mean": the same for the box means of the error, which carry the mean flow: an error that all tokens share
+    does not average out. The scale comes from the sample alone, so no label is needed to weigh slow and fast physics
+    alike.
     """
-    error, change = prediction.float() - batch.following, batch.following - batch.current
-    return (_mean_square(error) / (_mean_square(change) + floor)).mean()
-
-
-def relative_mean_error(prediction: Float[Tensor, "b c x y z"], batch: LatentBatch, floor: float) -> Float[Tensor, ""]:
-    """The same for box means, which carry the mean flow: an error that all tokens share does not average out."""
-    mean_error = reduce(prediction.float() - batch.following, "b c x y z -> b c 1 1 1", "mean")
-    return (_mean_square(mean_error) / (_mean_square(batch.following - batch.current) + floor)).mean()
+    scale = _mean_square(change) + floor
+    shared = reduce(error.float(), "b c x y z -> b c 1 1 1", "mean")
+    return {"data": (_mean_square(error.float()) / scale).mean(), "mean": (_mean_square(shared) / scale).mean()}
 
 
 def _mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b"]:
     return reduce(values**2, "b c x y z -> b", "mean")
-
-
-def count_tokens(routing: Routing) -> Float[Tensor, "e"]:
-    """Tokens sent to each expert."""
-    return torch.bincount(routing.expert.flatten(), minlength=routing.probability.shape[1]).float()
-
-
-def balance_loss(routing: Routing, global_count: Float[Tensor, "e"]) -> Float[Tensor, ""]:
-    """e * sum_e (share of the *global* batch on e) * (mean probability of e here); 1 when balanced.
-
-    The share is taken over ranks and the accumulation steps so far: a micro-batch holds few domains, and balancing
-    inside it would spread every domain over all experts. Fedus et al., Switch Transformers (2021), eq. 4.
-    """
-    share = global_count / global_count.sum()
-    return len(share) * (share * reduce(routing.probability, "n e -> e", "mean")).sum()
-
-
-def z_loss(routing: Routing) -> Float[Tensor, ""]:
-    """Mean squared log-partition of the scores; keeps them small. Zoph et al., ST-MoE (2022), eq. 5."""
-    return routing.score.logsumexp(-1).square().mean()

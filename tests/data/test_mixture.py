@@ -164,6 +164,19 @@ def test_every_latent_batch_holds_all_domains_by_weight(latents):
             assert mixture.batch(step, micro).domain.bincount().tolist() == expected
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_domain_alone_gives_the_samples_that_it_gives_among_others_in_the_same_order(latents, accumulation):
+    """So a model of one domain, its share of the batch as its batch, sees what the joint one sees of the domain."""
+    joint = LatentMixture(latents[::-1], MixtureConfig(batch_size=6, accumulation=accumulation, seed=5))
+    for index, store in enumerate(latents[::-1]):
+        alone = LatentMixture([store], MixtureConfig(batch_size=3, accumulation=accumulation, seed=5))
+        for step, micro in itertools.product(range(7), range(accumulation)):
+            whole, own = joint.batch(step, micro), alone.batch(step, micro)
+            chosen = whole.domain == index
+            for values, all_values in zip(own[:3], whole[:3], strict=True):
+                assert torch.equal(values, all_values[chosen])
+
+
 def test_held_out_trajectories_are_drawn_only_when_asked_for(latents, channel):
     mixture = LatentMixture(latents[:1], MixtureConfig(batch_size=3, split="test"))
     names = _pressures(channel, 1)

@@ -29,9 +29,9 @@ def model(monkeypatch) -> LatentTransformer:
 
 
 def test_permuting_labels_leaves_losses_gradients_and_predictions_bit_identical(model):
-    states = torch.randn(3, 6, 4, 4, 4, 4)
+    states = torch.randn(6, 3, 4, 4, 4, 4)
     batch = LatentBatch(
-        *states, torch.randn(6, 2, 4, 4, 4), torch.rand(6, len(PARAMETERS)), torch.tensor([0, 0, 1, 1, 2, 2])
+        states, torch.randn(6, 2, 4, 4, 4), torch.rand(6, len(PARAMETERS)), torch.tensor([0, 0, 1, 1, 2, 2])
     )
 
     def train_once(labels: tuple[int, ...]) -> tuple[list[torch.Tensor], SimpleNamespace]:
@@ -42,7 +42,7 @@ def test_permuting_labels_leaves_losses_gradients_and_predictions_bit_identical(
             return seen.forecast
 
         objective = ForecastObjective(ForecastConfig())
-        objective.begin_step()
+        objective.begin_step(0)
         model.zero_grad()
         terms, _ = objective(engine, batch._replace(domain=torch.tensor(labels)[batch.domain]))
         terms["total"].backward()

@@ -15,7 +15,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "train_tokenizer" / "
 
 
 class NeverCalled:
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         raise AssertionError
 
     def __call__(self, engine, batch):

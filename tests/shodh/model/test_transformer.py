@@ -15,8 +15,8 @@ SMALL = TransformerConfig(
 
 
 def make_batch(num: int = 6, n: int = 4) -> LatentBatch:
-    states = torch.randn(3, num, 4, n, n, n)
-    return LatentBatch(*states, torch.randn(num, 2, n, n, n), torch.rand(num, len(PARAMETERS)), torch.arange(num) % 3)
+    states = torch.randn(num, 3, 4, n, n, n)
+    return LatentBatch(states, torch.randn(num, 2, n, n, n), torch.rand(num, len(PARAMETERS)), torch.arange(num) % 3)
 
 
 def make_model(config: TransformerConfig = SMALL) -> LatentTransformer:
@@ -51,8 +51,10 @@ def test_samples_of_a_batch_do_not_see_each_other():
 def test_parameters_and_medium_and_past_all_matter():
     model, batch = make_model(), make_batch()
     expected = predict(model, batch).latent
-    for name in ("previous", "medium", "parameters"):
-        changed = batch._replace(**{name: getattr(batch, name) + 0.5})
+    previous = torch.tensor([0.5, 0.0, 0.0]).reshape(1, 3, 1, 1, 1, 1)
+    changes = {"states": previous, "medium": 0.5, "parameters": 0.5}
+    for name, change in changes.items():
+        changed = batch._replace(**{name: getattr(batch, name) + change})
         assert not torch.allclose(predict(model, changed).latent, expected, atol=1e-4), name
 
 

@@ -19,7 +19,7 @@ LOOP = {"learning_rate": 0.01, "num_warmup_steps": 2}
 
 
 class SquareOutput:
-    def begin_step(self):
+    def begin_step(self, step):
         pass
 
     def __call__(self, engine, batch):

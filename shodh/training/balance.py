@@ -1,0 +1,99 @@
+"""What keeps routed experts in use and lets them specialise, always judged over the global batch, never one part of it.
+
+A field is one kind of physics, so a micro-batch holds few; balancing inside it would spread each over all experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from shodh.fields import Routing
+from shodh.training.loop import StepRecord
+
+
+class GlobalLoad(NamedTuple):
+    """What all samples of a step so far, over ranks and accumulation, did in every layer; sums, so they add up."""
+
+    choices: Float[Tensor, "layer e"]  # tokens sent to each expert
+    probability: Float[Tensor, "layer e"]  # of each expert, mean over a sample's tokens, summed over samples
+
+    def __add__(self, other: tuple) -> "GlobalLoad":
+        return GlobalLoad(self.choices + other[0], self.probability + other[1])
+
+
+def measure_load(routings: Sequence[Routing], num_samples: int) -> GlobalLoad:
+    """The load of one micro-batch on all ranks, without gradient; collective over ranks."""
+    choices = torch.stack([count_tokens(routing) for routing in routings])
+    probability = torch.stack([sample_probability(r, num_samples).detach().sum(0) for r in routings])
+    both = torch.stack([choices, probability])
+    torch.distributed.all_reduce(both)
+    return GlobalLoad(*both)
+
+
+def count_tokens(routing: Routing) -> Float[Tensor, "e"]:
+    """Tokens sent to each expert."""
+    return torch.bincount(routing.expert.flatten(), minlength=routing.probability.shape[1]).float()
+
+
+def sample_probability(routing: Routing, num_samples: int) -> Float[Tensor, "b e"]:
+    """Probability of each expert, mean over a sample's tokens."""
+    return reduce(routing.probability, "(b n) e -> b e", "mean", b=num_samples)
+
+
+def balance_loss(routing: Routing, choices: Float[Tensor, "e"]) -> Float[Tensor, ""]:
+    """e * sum_e (share of the *global* batch on e) * (mean probability of e here); 1 when balanced.
+
+    Fedus et al., Switch Transformers (2021), eq. 4.
+    """
+    share = choices / choices.sum()
+    return len(share) * (share * reduce(routing.probability, "n e -> e", "mean")).sum()
+
+
+def information_loss(routing: Routing, num_samples: int, global_probability: Float[Tensor, "e"]) -> Float[Tensor, ""]:
+    """Minus the mutual information of sample and expert, in nats: H(expert | sample) - H(expert).
+
+    It asks for samples that know their expert and experts that share the samples, whatever the samples are: no label
+    enters. H(expert) is that of the global batch; its gradient flows through the samples here. Krause et al.,
+    Discriminative Clustering by Regularized Information Maximization (2010).
+    """
+    here = sample_probability(routing, num_samples)
+    whole = global_probability / global_probability.sum()
+    surprise = (here.mean(0) * whole.clamp_min(1e-12).log()).sum()  # minus the entropy, where here and whole agree
+    return torch.special.entr(here).sum(-1).mean() + surprise
+
+
+def z_loss(routing: Routing) -> Float[Tensor, ""]:
+    """Mean squared log-partition of the scores; keeps them small. Zoph et al., ST-MoE (2022), eq. 5."""
+    return routing.score.logsumexp(-1).square().mean()
+
+
+@runtime_checkable
+class BiasedRouter(Protocol):
+    """A router whose choice, but not whose gate, a bias per expert shifts."""
+
+    bias: Tensor
+
+
+class AdjustBias:
+    """Hook that balances without a loss: after every step each expert's bias moves by ``rate`` towards an even share.
+
+    The direction is the sign of (even share - share of the global batch). Wang et al., Auxiliary-Loss-Free Load
+    Balancing (2024). ``rate`` is in units of the router's scores, which lie within +-1 / temperature.
+    """
+
+    def __init__(self, routers: Sequence[BiasedRouter], rate: float) -> None:
+        self.routers, self.rate = routers, rate
+
+    @torch.no_grad()
+    def after_step(self, record: StepRecord) -> None:
+        if self.rate == 0:
+            return
+        counts = [torch.stack([count_tokens(r) for r in batch.routings]) for batch in record.outputs]
+        choices = torch.stack(counts).sum(0)
+        torch.distributed.all_reduce(choices)
+        for router, count in zip(self.routers, choices, strict=True):
+            router.bias += self.rate * (count.mean() - count).sign()
