@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
         return write_certified(arguments[1:])
     path, overrides = split_arguments(arguments, "launch/evaluate_model.py CONFIG.yaml [key=value ...]")
     import torch
-    from parts import fit_baselines, hold_out, load_model, open_tokenized
+    from parts import fit_baselines, fit_linear, hold_out, load_model, open_tokenized
     from settings import Evaluation
 
     from shodh.config import load_config
@@ -33,8 +33,15 @@ def main(arguments: list[str]) -> None:
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
     model, description = load_model(config.run, tokenizer, device)
     baselines = fit_baselines(tokenizer, stores)
-    pairs = zip(stores, latents, strict=True)
-    held_out = [hold_out(tokenizer, *pair, device, baselines=baselines, project=config.project) for pair in pairs]
+    held_out = [
+        hold_out(
+            *(tokenizer, store, cache, device),
+            baselines=baselines,
+            forecasters={"linear": fit_linear(cache, device)},
+            project=config.project,
+        )
+        for store, cache in zip(stores, latents, strict=True)
+    ]
     evaluation = {"run": description, "certificate": tokenizer.certificate, **evaluate(model, held_out)}
     write_evaluation(config.run, evaluation, model, held_out)
     print(format_table(evaluation))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from gain import require_room
 from jaxtyping import Float
@@ -17,8 +18,9 @@ from data.reader import Store, open_store
 from data.statistics import FieldStatistics
 from shodh.config import ConfigError, parse_config
 from shodh.evaluation.held_out import HeldOutDomain
-from shodh.evaluation.rollout import TrueTrajectory
-from shodh.fields import FieldBatch
+from shodh.evaluation.linear_forecast import LinearForecast, fit_linear_forecast
+from shodh.evaluation.rollout import Predict, TrueTrajectory, join_successive
+from shodh.fields import FieldBatch, LatentBatch
 from shodh.model.transformer import LatentTransformer, TransformerConfig, count_parameters
 from shodh.physics.masked_projection import has_solid
 from shodh.training.checkpoint import load_parameters, read_newest
@@ -135,9 +137,10 @@ def hold_out(
     device: torch.device,
     num_trajectories: int | None = None,
     baselines: dict[str, BlockKLT] | None = None,
+    forecasters: Mapping[str, Predict] | None = None,
     project: bool = False,
 ) -> HeldOutDomain:
-    """One domain's test split, or its first trajectories, in memory, with the decoder and the codes to compare with.
+    """One domain's test split, or its first trajectories, in memory, with the decoder and what to compare with.
 
     ``project``: what is decoded in a medium with solid is led through its pores before it is judged.
     """
@@ -159,7 +162,6 @@ def hold_out(
                 parameters=torch.from_numpy(store.parameters(i)).to(device),
                 velocity=batch.velocity,
                 pressure=batch.pressure,
-                boundary=store.grid.boundary,
             )
         )
 
@@ -184,6 +186,7 @@ def hold_out(
         baselines={name: klt.reconstruct for name, klt in (baselines or {}).items()},
         decode_velocity=differentiable_velocity,
         encode=encode,
+        forecasters=forecasters or {},
         project=project and has_solid(domain),
     )
 
@@ -203,6 +206,17 @@ def fit_baselines(tokenizer: Tokenizer, stores: Sequence[Store]) -> dict[str, Bl
     sizes = tokenizer.autoencoder.config
     values = {"block_klt": sizes.latent_channels + sizes.medium_channels, "block_klt_of_state": sizes.latent_channels}
     return BlockKLT.fit(training_velocities(stores, tokenizer.statistics), values)
+
+
+def fit_linear(latents: LatentStore, device: torch.device) -> LinearForecast:
+    """The linear latent model of a domain's training split, which is read once."""
+
+    def read(i: int) -> LatentBatch:
+        states = np.stack([latents.latent(i, t) for t in range(latents.num_snapshots)])
+        arrays = (states, latents.medium(i), latents.parameters(i))
+        return join_successive(*(torch.from_numpy(array).to(device) for array in arrays), index=0)
+
+    return fit_linear_forecast(map(read, latents.trajectories("train")), latents.domain.boundary)
 
 
 def training_velocities(

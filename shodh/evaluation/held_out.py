@@ -1,6 +1,7 @@
 """The full evaluation on held-out trajectories: what stands in ``evaluation.json`` and the pictures beside it."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,15 @@ from shodh.evaluation.latent_quality import (
     summarise_moments,
 )
 from shodh.evaluation.reconstruction import TrajectoryRows, TrueFields, sample_trajectory, summarise_reconstruction
-from shodh.evaluation.rollout import TrueTrajectory, average_present, measure_one_step, measure_rollout
+from shodh.evaluation.rollout import (
+    Predict,
+    TrueTrajectory,
+    average_present,
+    join_successive,
+    measure_one_step,
+    plan_steps,
+)
+from shodh.evaluation.rollout_quality import measure_rollouts, summarise_rollouts
 from shodh.evaluation.routing import RoutingCounts, count_routing, merge_counts, summarise
 from shodh.fields import DecodedFields, DomainSpec, Grid, LatentBatch, Routing
 from shodh.physics.masked_projection import find_pores, project_fields
@@ -42,18 +51,18 @@ class HeldOutDomain(NamedTuple):
     baselines: dict[str, Callable[[Tensor], Tensor]]  # name -> reconstruction of velocity, such as the block KLT
     decode_velocity: DecodeVelocity | None = None  # differentiable: not on the lattice; MemoryError if that is too much
     encode: Encode | None = None  # of normalised fields and the medium as stored
+    forecasters: Mapping[str, Predict] = {}  # name -> what else predicts this domain, such as the linear latent model
     project: bool = False  # lead decoded fields through the pores, which the medium is then, before they are judged
 
 
 class TrajectoryResult(NamedTuple):
     """What one held-out trajectory adds to its domain's block of ``evaluation.json``."""
 
-    batch: LatentBatch  # every three successive states
     routing: RoutingCounts
     conservation: list[ConservationSums]  # of decoded forecasts and of decoded true latents
     error: Tensor  # mean square of the decoded forecasts' velocity
     reconstruction: TrajectoryRows
-    rollout: dict[str, Any]
+    rollouts: dict[str, Any]
 
 
 @torch.no_grad()
@@ -64,19 +73,16 @@ def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domai
     latents = [
         LatentTrajectory(t.latents, t.medium, m) for t, m in zip(held_out.trajectories, held_out.medium, strict=True)
     ]
-    one_step = measure_one_step(lambda *inputs: model(*inputs).latent, [r.batch for r in results])
     sums = merge_sums([part for r in results for part in r.conservation])
     conserved = "curl" if held_out.domain.velocity_space == "irrotational" else "divergence"
     reconstruction = summarise_reconstruction([r.reconstruction for r in results], held_out.grid)
     block = {
         conserved: summarise_sums(sums) | {"units": "normalised velocity per mean cell size"},
         "tokenizer": _headlines(reconstruction, held_out.trajectories[0]),
-        "latent_mse": one_step["latent_mse"],
-        "persistence_latent_mse": one_step["persistence_mse"],
-        "latent_mse_over_persistence": one_step["ratio"],
-        "extrapolation_latent_mse": one_step["extrapolation_mse"],
+        **measure_next_latents(held_out, lambda *inputs: model(*inputs).latent),
         "decoded_mse": float(torch.stack([r.error for r in results]).mean()),
-        "rollout": average_present([r.rollout for r in results]),
+        "rollout": summarise_rollouts([r.rollouts for r in results]),
+        "rollout_starts": list(plan_steps(len(latents[0].latents)).starts),
         "reconstruction": reconstruction,
         "latents": measure_latent_quality(latents, held_out.decode, held_out.decode_velocity, held_out.encode),
         "projected": held_out.project,
@@ -98,14 +104,50 @@ def _evaluate_trajectory(
     sums.append(sum_conservation(decoded.flux, held_out))
     fields = TrueFields(trajectory.velocity, trajectory.pressure, medium)
     return TrajectoryResult(
-        batch=batch,
         routing=count_routing(forecast.routings, batch.domain, num_domains),
         conservation=sums,
         error=error,
         reconstruction=sample_trajectory(decoded, fields, held_out.grid, held_out.baselines),
-        rollout=measure_rollout(
-            lambda *inputs: model(*inputs).latent, lambda latent, still: decode(latent, still)[1:], trajectory
-        ),
+        rollouts=_roll_out_trajectory(held_out, {"model": lambda *inputs: model(*inputs).latent}, number, decoded),
+    )
+
+
+def measure_next_latents(held_out: HeldOutDomain, predict: Predict) -> dict[str, float]:
+    """``latent_mse`` one step ahead over all held-out trajectories, beside those of the guesses and forecasters."""
+    batches = [successive_states(trajectory, 0) for trajectory in held_out.trajectories]
+    one_step = measure_one_step(predict, batches)
+    others = {name: measure_one_step(other, batches)["latent_mse"] for name, other in held_out.forecasters.items()}
+    return {
+        "latent_mse": one_step["latent_mse"],
+        "persistence_latent_mse": one_step["persistence_mse"],
+        "latent_mse_over_persistence": one_step["ratio"],
+        "extrapolation_latent_mse": one_step["extrapolation_mse"],
+        **{f"{name}_latent_mse": error for name, error in others.items()},
+    }
+
+
+def measure_forecasts(held_out: HeldOutDomain, predictors: Mapping[str, Predict]) -> dict[str, Any]:
+    """``rollout`` of a domain's block for several models at once, and nothing else of it."""
+    results = []
+    for number, trajectory in enumerate(held_out.trajectories):
+        decode = _decoder_for(held_out, held_out.medium[number])
+        decoded = _decode_all(decode, trajectory.latents, trajectory.medium)
+        results.append(_roll_out_trajectory(held_out, predictors, number, decoded))
+    return summarise_rollouts(results)
+
+
+def _roll_out_trajectory(
+    held_out: HeldOutDomain, predictors: Mapping[str, Predict], number: int, decoded_truth: DecodedFields
+) -> dict[str, Any]:
+    medium = held_out.medium[number]
+    decode = _decoder_for(held_out, medium)
+    return measure_rollouts(
+        {**predictors, **held_out.forecasters},
+        lambda latent, still: decode(latent, still)[1:],
+        held_out.trajectories[number],
+        decoded_truth[1:],
+        held_out.grid,
+        medium,
     )
 
 
@@ -157,7 +199,7 @@ def write_evaluation(folder: Path, evaluation: dict[str, Any], model: Model, hel
 
 @torch.no_grad()
 def picture_domain(model: Model, held_out: HeldOutDomain) -> dict[str, np.ndarray]:
-    """Middle slices of a held-out state: truth, decoded one-step forecast, error, medium and chosen experts."""
+    """A held-out state: middle slices of truth, decoded one-step forecast, error and medium; experts in 3-D."""
     trajectory = held_out.trajectories[0]
     batch = successive_states(trajectory, 0)
     half = len(batch.current) // 2
@@ -171,22 +213,15 @@ def picture_domain(model: Model, held_out: HeldOutDomain) -> dict[str, np.ndarra
         "decoded": decoded.velocity[0].norm(dim=0)[..., middle].cpu().numpy(),
         "error": (decoded.velocity[0] - truth).norm(dim=0)[..., middle].cpu().numpy(),
         "medium": held_out.medium[0][..., middle].numpy(),
-        "expert": np.stack([_expert_map(routing, half, len(batch.current), shape) for routing in forecast.routings]),
+        "experts": np.stack([_expert_map(routing, half, len(batch.current), shape) for routing in forecast.routings]),
+        "truth_slices": _slices_through_tokens(truth.norm(dim=0), forecast.routings[0], len(batch.current), shape),
         "field": np.array("speed |u| after one forecast step, normalised, slice z = middle"),
     }
 
 
 def successive_states(trajectory: TrueTrajectory, index: int) -> LatentBatch:
     """Every three successive states of a trajectory as one batch."""
-    latents, num = trajectory.latents, len(trajectory.latents) - 2
-    return LatentBatch(
-        previous=latents[:-2],
-        current=latents[1:-1],
-        following=latents[2:],
-        medium=trajectory.medium.expand(num, *trajectory.medium.shape),
-        parameters=trajectory.parameters.expand(num, -1),
-        domain=torch.full((num,), index, device=latents.device),
-    )
+    return join_successive(trajectory.latents, trajectory.medium, trajectory.parameters, index)
 
 
 def sum_conservation(flux: Tensor, held_out: HeldOutDomain) -> ConservationSums:
@@ -213,8 +248,22 @@ def _decode_all(decode: Decode, latents: Tensor, medium: Tensor) -> DecodedField
 
 
 def _expert_map(routing: Routing, sample: int, num_samples: int, latent_shape: Sequence[int]) -> np.ndarray:
-    """Best expert per token of one sample in the middle slice along z."""
+    """Best expert per token (x, y, z) of one sample."""
     per_sample = rearrange(routing.expert[:, 0], "(b n) -> b n", b=num_samples)[sample]
-    patch = round((np.prod(latent_shape) / len(per_sample)) ** (1 / 3))
+    x, y, z = _token_grid(per_sample.numel(), latent_shape)
+    return rearrange(per_sample, "(x y z) -> x y z", x=x, y=y, z=z).cpu().numpy().astype(np.int16)
+
+
+def _token_grid(num_tokens: int, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+    patch = round((math.prod(latent_shape) / num_tokens) ** (1 / 3))
     x, y, z = (size // patch for size in latent_shape)
-    return rearrange(per_sample, "(x y z) -> x y z", x=x, y=y, z=z)[..., z // 2].cpu().numpy()
+    return x, y, z
+
+
+def _slices_through_tokens(
+    field: Tensor, routing: Routing, num_samples: int, latent_shape: Sequence[int]
+) -> np.ndarray:
+    """Slices (x, y, slice) of a field through the middle of every layer of tokens along z."""
+    num = _token_grid(len(routing.expert) // num_samples, latent_shape)[2]
+    middles = [(2 * i + 1) * field.shape[-1] // (2 * num) for i in range(num)]
+    return field[..., middles].cpu().numpy()

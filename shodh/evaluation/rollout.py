@@ -1,32 +1,46 @@
-"""How well the model predicts: one step ahead in latents, and many steps ahead in the fields they decode to."""
+"""Forecasts of latents: one step ahead with its errors, and many steps ahead, each from the forecasts before it."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from shodh.fields import Boundary, LatentBatch
-from shodh.physics.spectra import band_energy, vrmse
+from shodh.fields import LatentBatch
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # previous, current, medium, parameters -> next latent
 Decode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # latent, medium latent -> velocity, pressure
 
+SPANS = {"1": range(1, 2), "2-20": range(2, 21), "20": range(20, 21), "21-60": range(21, 61)}
+LONGEST, SHORT = 60, 20  # steps predicted from the first two states, and from later ones
+NUM_STARTS = 3
+STRUCTURE_STEPS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 60)  # a spectrum costs more than an error, and changes slowly
 SILENT = 1e-3  # of a trajectory's largest standard deviation: a quieter field has no relative error worth averaging
 
 
 class TrueTrajectory(NamedTuple):
-    """One trajectory that the model should follow, from its first two states; all of it on one device."""
+    """One trajectory that the model should follow, from two of its states; all of it on one device."""
 
     latents: Float[Tensor, "t c x y z"]
     medium: Float[Tensor, "m x y z"]
     parameters: Float[Tensor, "q"]
     velocity: Float[Tensor, "t 3 X Y Z"]
     pressure: Float[Tensor, "t 1 X Y Z"]
-    boundary: tuple[Boundary, Boundary, Boundary]
+
+
+class Steps(NamedTuple):
+    """What is measured of a trajectory: pairs of a start and a predicted step."""
+
+    starts: tuple[int, ...]  # all of them, the first 0
+    num_steps: int  # predicted from start 0
+    start: Int[Tensor, "p"]
+    step: Int[Tensor, "p"]
+
+    @property
+    def time(self) -> Int[Tensor, "p"]:
+        """Number of the snapshot that a pair predicts: a start's last given state is the one after it."""
+        return self.start + 1 + self.step
 
 
 @torch.no_grad()
@@ -46,6 +60,52 @@ def roll_out(
         previous, current = current, predict(previous, current, medium, parameters)
         states.append(current)
     return torch.stack(states, 1)
+
+
+def plan_steps(num_states: int) -> Steps:
+    """From the first two states up to 60 steps, every second one beyond the 20th; 20 steps from later states.
+
+    Up to two later starts leave 20 steps each, spread evenly and at least 3 apart: from one start, how far a pulsating
+    flow has moved after 20 steps is the chance of its phase. From them only ``STRUCTURE_STEPS`` are measured. What is
+    left out changes slowly, and would cost as much to decode as the rest. Raises ValueError with nothing to predict.
+    """
+    if num_states < 3:
+        raise ValueError(f"latents: {num_states} states leave nothing to predict. Give at least 3.")
+    num_steps, last = min(LONGEST, num_states - 2), max(0, num_states - 2 - SHORT)
+    num_starts = min(NUM_STARTS, 1 + last // 3)
+    starts = tuple(i * last // max(1, num_starts - 1) for i in range(num_starts))
+    pairs = [(0, step) for step in range(1, num_steps + 1) if step <= SHORT or step % 2 == 0]
+    pairs += [(start, step) for start in starts[1:] for step in STRUCTURE_STEPS if step <= SHORT]
+    start, step = torch.tensor(pairs).unbind(1)
+    return Steps(starts, num_steps, start, step)
+
+
+def forecast_steps(predict: Predict, truth: TrueTrajectory, steps: Steps) -> Float[Tensor, "p c x y z"]:
+    """The predicted latent of each pair; starts are predicted side by side."""
+    starts = torch.tensor(steps.starts)
+    medium, parameters = (value.expand(len(starts), *value.shape) for value in (truth.medium, truth.parameters))
+    first = min(SHORT, steps.num_steps)
+    states = roll_out(predict, truth.latents[starts], truth.latents[starts + 1], medium, parameters, first)
+    by_start = dict(zip(steps.starts, states, strict=True))
+    if steps.num_steps > first:
+        further = steps.num_steps - first
+        rest = roll_out(predict, states[:1, -2], states[:1, -1], medium[:1], parameters[:1], further)
+        by_start[0] = torch.cat([states[0], rest[0]])
+    pairs = zip(steps.start.tolist(), steps.step.tolist(), strict=True)
+    return torch.stack([by_start[start][step - 1] for start, step in pairs])
+
+
+def join_successive(
+    latents: Float[Tensor, "t c x y z"], medium: Float[Tensor, "m x y z"], parameters: Float[Tensor, "q"], index: int
+) -> LatentBatch:
+    """Every three successive states of a trajectory as one batch of domain number ``index``."""
+    num = len(latents) - 2
+    return LatentBatch(
+        states=torch.stack([latents[:-2], latents[1:-1], latents[2:]], 1),
+        medium=medium.expand(num, *medium.shape),
+        parameters=parameters.expand(num, -1),
+        domain=torch.full((num,), index, device=latents.device),
+    )
 
 
 @torch.no_grad()
@@ -76,30 +136,6 @@ def measure_one_step(predict: Predict, batches: LatentBatch | Iterable[LatentBat
     }
 
 
-@torch.no_grad()
-def measure_rollout(predict: Predict, decode: Decode, truth: TrueTrajectory) -> dict[str, Any]:
-    """VRMSE of the decoded rollout at steps 1, 2-5 and the last; beside it persistence, and the tokenizer's floor.
-
-    Persistence is the last given true field, kept; the floor decodes the true latents. At the last
-    step, ``energy_drift`` is predicted over true kinetic energy less 1 and ``band_error`` that ratio in every octave.
-    Steps at which the true field is silent (a wave that has not started), or the predicted latent no longer finite,
-    enter no mean; a span without a step is None.
-    """
-    num_steps = len(truth.latents) - 2
-    if num_steps < 1:
-        raise ValueError(f"latents: {len(truth.latents)} states leave nothing to predict. Give at least 3.")
-    latents = rearrange(truth.latents, "t c x y z -> t 1 c x y z")
-    medium, parameters = truth.medium.unsqueeze(0), truth.parameters.unsqueeze(0)
-    predicted = roll_out(predict, latents[0], latents[1], medium, parameters, num_steps)[0]
-    sane = predicted.isfinite().all(dim=(1, 2, 3, 4))
-    velocity, pressure = _decode_each(decode, predicted.where(sane.reshape(-1, 1, 1, 1, 1), 0.0), medium)
-    velocity[~sane], pressure[~sane] = math.nan, math.nan  # a rollout that blew up has no error, and says so by None
-    floor_velocity, floor_pressure = _decode_each(decode, truth.latents[2:], medium)
-    result = _measure_field("", velocity, floor_velocity, truth.velocity)
-    result |= _measure_field("_pressure", pressure, floor_pressure, truth.pressure)
-    return result | _measure_energy(velocity[-1:], truth.velocity[-1:], truth.boundary) | {"num_steps": num_steps}
-
-
 def average_present(measurements: Sequence[Any]) -> Any:
     """The mean of measurements, number by number; None entries count for nothing, and of nothing it is None."""
     present = [m for m in measurements if m is not None]
@@ -111,41 +147,3 @@ def average_present(measurements: Sequence[Any]) -> Any:
         longest = max(map(len, present))
         return [average_present([m[i] for m in present if i < len(m)]) for i in range(longest)]
     return sum(present) / len(present)
-
-
-def _decode_each(decode: Decode, latents: Tensor, medium: Tensor) -> tuple[Tensor, Tensor]:
-    """One state at a time, because a whole trajectory's decoder activations may not fit in memory."""
-    velocity, pressure = zip(*(decode(latent.unsqueeze(0), medium) for latent in latents), strict=True)
-    return torch.cat(velocity), torch.cat(pressure)
-
-
-def _measure_field(suffix: str, predicted: Tensor, floor: Tensor, truth: Tensor) -> dict[str, Any]:
-    following = truth[2:]
-    deviation = following.double().std(dim=(-3, -2, -1), correction=0).square().sum(1).sqrt()
-    silent = deviation <= SILENT * deviation.max()
-    rows = {
-        "vrmse": vrmse(predicted, following),
-        "persistence_vrmse": vrmse(truth[1:2].expand_as(following), following),
-        "decoded_truth_vrmse": vrmse(floor, following),
-    }
-    result: dict[str, Any] = {}
-    for name, row in rows.items():
-        steps = [
-            error if math.isfinite(error) and not quiet else None
-            for error, quiet in zip(row.tolist(), silent.tolist(), strict=True)
-        ]
-        result[name + suffix] = {"1": steps[0], "2-5": average_present(steps[1:5]), "last": steps[-1]}
-        result[f"{name}{suffix}_per_step"] = steps
-    return result
-
-
-def _measure_energy(
-    predicted: Tensor, truth: Tensor, boundary: tuple[Boundary, Boundary, Boundary]
-) -> dict[str, float | list[float] | None]:
-    energy, true_energy = (reduce(u.double() ** 2, "b f x y z -> b", "sum").item() for u in (predicted, truth))
-    if true_energy == 0 or not math.isfinite(energy):
-        return {"energy_drift": None, "band_error": None}
-    num_bands = max(1, int(math.log2(min(truth.shape[-3:]))) - 1)
-    bands, true_bands = (band_energy(u.double(), boundary, num_bands)[0] for u in (predicted, truth))
-    floor = 1e-14 * true_bands.sum()  # below FP32 round-off, squared: a band without energy of its own
-    return {"energy_drift": energy / true_energy - 1, "band_error": (bands / true_bands.clamp_min(floor)).tolist()}

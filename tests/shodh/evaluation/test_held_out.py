@@ -40,7 +40,7 @@ def decode(latent: Tensor, medium: Tensor) -> DecodedFields:
 
 def hold_out(states: Tensor, medium: Tensor, **options: Any) -> HeldOutDomain:
     """One trajectory of states (t, 4, x, y, z), velocity and pressure, which are their own latents."""
-    trajectory = TrueTrajectory(states, medium[None], torch.zeros(1), states[:, :3], states[:, 3:], GRID.boundary)
+    trajectory = TrueTrajectory(states, medium[None], torch.zeros(1), states[:, :3], states[:, 3:])
     baselines = {"block_klt": lambda velocity: velocity / 2}
     options = {"domain": make_periodic(), **options}
     return HeldOutDomain(
@@ -98,10 +98,25 @@ def test_projected_fields_leave_the_solid_and_the_report_says_so(tmp_path):
     assert through["reconstruction"]["flux_in_solid"]["decoded"] > 0 and not through["projected"]
     assert around["reconstruction"]["flux_in_solid"]["decoded"] == 0 and around["projected"]
     assert through["divergence"]["max_abs"] > 0 and around["divergence"]["max_abs"] == 0
-    assert around["rollout"]["vrmse"]["1"] != through["rollout"]["vrmse"]["1"]
+    assert around["rollout"]["model"]["vrmse"]["1"] != through["rollout"]["model"]["vrmse"]["1"]
     assert around["decoded_mse"] != through["decoded_mse"]
     sealed = ~open_faces(pore, GRID.boundary)[:, :, :, N // 2].any(0)  # cells none of whose lower faces is open
     for held_out, tightness in ((leaky, False), (tight, True)):
         assert bool(picture_domain(stay, held_out)["decoded"][sealed.numpy()].any()) != tightness
     (tmp_path / "evaluation.json").write_text(json.dumps({"domains": {"rock": {"projected": around["projected"]}}}))
     assert "rock: decoded fields were projected into the pores" in write_report(tmp_path).read_text()
+
+
+def test_picture_holds_the_expert_of_every_token_in_place_and_a_slice_of_the_field_through_each():
+    states = torch.randn(NUM_STATES, 4, N, N, N)
+
+    def route_by_place(previous: Tensor, current: Tensor, medium: Tensor, parameters: Tensor) -> Forecast:
+        """Tokens of 2 x 2 x 2 cells; each chooses the expert that its place is numbered with."""
+        expert = torch.arange(64).repeat(len(current))[:, None]
+        even = torch.full((len(expert), 64), 1 / 64)
+        return Forecast(current, (Routing(expert, even[:, :1], even, even.log()),))
+
+    picture = picture_domain(route_by_place, hold_out(states, torch.rand(N, N, N)))
+    assert picture["experts"].tolist() == [torch.arange(64).reshape(4, 4, 4).tolist()]
+    shown = states[(NUM_STATES - 2) // 2 + 2, :3].norm(dim=0)
+    assert torch.equal(torch.from_numpy(picture["truth_slices"]), shown[..., [1, 3, 5, 7]])

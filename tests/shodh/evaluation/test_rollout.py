@@ -3,11 +3,21 @@ import math
 import pytest
 import torch
 
-from shodh.evaluation.rollout import TrueTrajectory, average_present, measure_one_step, measure_rollout, roll_out
-from shodh.fields import LatentBatch
+from shodh.evaluation.rollout import (
+    STRUCTURE_STEPS,
+    TrueTrajectory,
+    average_present,
+    forecast_steps,
+    join_successive,
+    measure_one_step,
+    plan_steps,
+    roll_out,
+)
+from shodh.evaluation.rollout_quality import measure_rollouts, measure_short_rollout, summarise_rollouts
+from shodh.fields import Grid
 from shodh.physics.spectra import vrmse
 
-PERIODIC = ("periodic", "periodic", "periodic")
+GRID = Grid(shape=(8, 8, 8), spacing=(1.0, 1.0, 1.0), boundary=("periodic", "periodic", "periodic"))
 
 
 def rotating_wave(num_states: int, angle: float = 0.3) -> torch.Tensor:
@@ -37,7 +47,13 @@ def decode(latent, medium):
 def true_trajectory(num_states: int) -> TrueTrajectory:
     latents = rotating_wave(num_states)
     velocity, pressure = decode(latents, None)
-    return TrueTrajectory(latents, torch.zeros(1, 4, 4, 4), torch.zeros(4), velocity, pressure, PERIODIC)
+    return TrueTrajectory(latents, torch.zeros(1, 4, 4, 4), torch.zeros(4), velocity, pressure)
+
+
+def measure(truth: TrueTrajectory, grid: Grid = GRID, medium: torch.Tensor | None = None, **forecasters) -> dict:
+    medium = torch.full(grid.shape, 0.5) if medium is None else medium
+    decoded = decode(truth.latents, None)
+    return summarise_rollouts([measure_rollouts(forecasters, decode, truth, decoded, grid, medium)])
 
 
 def test_rollout_of_the_exact_recurrence_follows_the_truth():
@@ -47,51 +63,121 @@ def test_rollout_of_the_exact_recurrence_follows_the_truth():
     assert (rolled[0] - latents[2:]).abs().max() < 2 * growth
 
 
+def test_starts_are_spread_where_twenty_steps_are_left_and_nothing_beyond_the_end_is_asked_for():
+    assert plan_steps(64).starts == (0, 21, 42) and plan_steps(25).starts == (0, 3) and plan_steps(24).starts == (0,)
+    for num_states in (3, 6, 21, 22, 25, 40, 64, 100):
+        steps = plan_steps(num_states)
+        assert int(steps.time.max()) <= num_states - 1
+        end = min(60, num_states - 2)
+        assert steps.step[steps.start == 0].tolist() == [*range(1, min(20, end) + 1), *range(22, end + 1, 2)]
+        for start in steps.starts[1:]:
+            assert steps.step[steps.start == start].tolist() == [k for k in STRUCTURE_STEPS if k <= 20]
+
+
+def test_forecasts_of_all_starts_are_those_of_each_rolled_out_alone():
+    truth, steps = true_trajectory(64), plan_steps(64)
+    together = forecast_steps(turn, truth, steps)
+    for start in steps.starts:
+        first = truth.latents[None, start], truth.latents[None, start + 1]
+        alone = roll_out(turn, *first, truth.medium[None], truth.parameters[None], 60)[0]
+        pairs = steps.start == start
+        assert torch.equal(together[pairs], alone[steps.step[pairs] - 1])
+
+
 def test_perfect_prediction_measures_the_floor_and_no_drift():
-    measured = measure_rollout(turn, decode, true_trajectory(9))
-    for span in ("1", "2-5", "last"):
-        assert measured["vrmse"][span] < 1e-5
-        assert measured["vrmse_pressure"][span] < 1e-5
-        assert measured["decoded_truth_vrmse"][span] == 0.0
-    assert abs(measured["energy_drift"]) < 1e-5
-    assert measured["band_error"][0] == pytest.approx(1, abs=1e-5)
-    assert measured["num_steps"] == 7
+    measured = measure(true_trajectory(64), model=turn)["model"]
+    growth = 60**2 * torch.finfo(torch.float32).eps  # as above
+    for span in ("1", "2-20", "20", "21-60"):
+        assert measured["vrmse"][span] < 2 * growth and measured["vrmse_pressure"][span] < 2 * growth
+        assert abs(measured["energy_drift"][span]) < 2 * growth
+        assert measured["octave_energy_ratio"][span][0] == pytest.approx(1, abs=4 * growth)
+        assert measured["lost"][span] == 0
+    assert measured["permeability"] is None and measured["wall_shear"]["20"] is None
+    floor = measure(true_trajectory(64))["decoded_truth"]
+    assert floor["vrmse"] == {"1": 0.0, "2-20": 0.0, "20": 0.0, "21-60": 0.0}
 
 
 def test_standing_still_measures_persistence_at_its_analytic_size():
-    measured = measure_rollout(stay, decode, true_trajectory(9))
-    expected = [2 * math.sin(0.3 * step / 2) for step in range(1, 8)]  # chord of the turned wave over its deviation
-    assert measured["persistence_vrmse_per_step"] == pytest.approx(expected, rel=1e-5)
-    assert measured["vrmse"] == measured["persistence_vrmse"]
-    assert measured["vrmse"]["1"] == pytest.approx(expected[0], rel=1e-5)
-    assert measured["vrmse"]["2-5"] == pytest.approx(sum(expected[1:5]) / 4, rel=1e-5)
-    assert measured["vrmse"]["last"] == pytest.approx(expected[6], rel=1e-5)
+    measured = measure(true_trajectory(64), model=stay)
+    expected = [2 * abs(math.sin(0.3 * step / 2)) for step in range(1, 61)]  # chord of the turned wave
+    for name in ("persistence", "model"):
+        per_step = measured[name]["vrmse_per_step"]
+        assert per_step[:20] + per_step[21::2] == pytest.approx(expected[:20] + expected[21::2], rel=1e-4)
+        assert per_step[20::2] == [None] * 20
+        spans = measured[name]["vrmse"]
+        assert spans["1"] == pytest.approx(expected[0], rel=1e-4) and spans["20"] == pytest.approx(
+            expected[19], rel=1e-4
+        )
+        assert spans["2-20"] == pytest.approx(sum(expected[1:20]) / 19, rel=1e-4)
+        assert spans["21-60"] == pytest.approx(sum(expected[21::2]) / 20, rel=1e-4)
 
 
-def test_halved_amplitude_loses_three_quarters_of_the_energy_in_the_band_that_holds_it():
-    truth = true_trajectory(3)
-    measured = measure_rollout(lambda *state: turn(*state) / 2, decode, truth)
-    assert measured["energy_drift"] == pytest.approx(-0.75, abs=1e-5)
-    assert measured["band_error"][0] == pytest.approx(0.25, abs=1e-5)
-    assert measured["vrmse"] == {"1": pytest.approx(0.5, abs=1e-5), "2-5": None, "last": pytest.approx(0.5, abs=1e-5)}
+def test_halved_amplitude_loses_three_quarters_of_the_energy_in_the_octave_that_holds_it():
+    measured = measure(true_trajectory(3), model=lambda *state: turn(*state) / 2)["model"]
+    assert measured["energy_drift"]["1"] == pytest.approx(-0.75, abs=1e-5)
+    assert measured["octave_energy_ratio"]["1"][0] == pytest.approx(0.25, abs=1e-5)
+    assert measured["vrmse"] == {"1": pytest.approx(0.5, abs=1e-5), "2-20": None, "20": None, "21-60": None}
+    assert measured["vrmse_per_step"] == [pytest.approx(0.5, abs=1e-5)]
+
+
+def test_short_trajectories_average_the_steps_they_have():
+    measured = measure(true_trajectory(6), model=stay)["model"]
+    expected = [2 * math.sin(0.3 * step / 2) for step in range(1, 5)]
+    assert measured["vrmse"]["2-20"] == pytest.approx(sum(expected[1:]) / 3, rel=1e-5)
+    assert measured["vrmse"]["20"] is None and measured["energy_drift"]["21-60"] is None
 
 
 def test_silent_steps_enter_no_mean():
     truth = true_trajectory(9)
     velocity = truth.velocity.clone()
     velocity[2] = 0
-    measured = measure_rollout(turn, decode, truth._replace(velocity=velocity))
+    measured = measure(truth._replace(velocity=velocity), model=turn)["model"]
     assert measured["vrmse"]["1"] is None
     assert measured["vrmse_per_step"][0] is None
-    assert measured["vrmse"]["last"] < 1e-5
+    assert measured["vrmse"]["2-20"] < 1e-5
+
+
+def test_lost_forecasts_leave_no_mean_that_looks_better_for_them():
+    measured = measure(true_trajectory(24), model=lambda *state: 10 * state[1])["model"]  # beyond 1e6 from step 7 on
+    assert measured["vrmse_per_step"][5] > 1 and measured["vrmse_per_step"][6:] == [None] * 16
+    assert measured["vrmse"]["2-20"] is None and measured["energy_drift"]["20"] is None
+    assert measured["octave_energy_ratio"]["20"] == [None, None]
+    assert measured["lost"]["1"] == 0 and measured["lost"]["20"] == 1
+    assert measured["lost"]["2-20"] == pytest.approx(14 / 19)
+
+
+def test_permeability_halves_with_the_flow_and_walls_feel_half_the_shear():
+    truth = true_trajectory(5)
+    profile = (torch.arange(8) + 0.5) / 8  # linear: sticks to the lower wall along y
+    velocity = torch.zeros(5, 3, 8, 8, 8)
+    velocity[:, 0] = profile[None, None, :, None] * torch.tensor([1.0, -2.0, 3.0, -2.0, 1.5])[:, None, None, None]
+    rock = (torch.arange(512).reshape(8, 8, 8) % 5 > 0).float()
+    grid = Grid(shape=GRID.shape, spacing=GRID.spacing, boundary=("periodic", "wall", "periodic"))
+    truth = truth._replace(velocity=velocity)
+    fields = (velocity / 2, truth.pressure)
+    measured = measure_rollouts({}, decode, truth, fields, grid, rock)
+    floor = summarise_rollouts([measured])["decoded_truth"]
+    for span in ("1", "2-20"):
+        assert floor["permeability"][span]["flow_error"] == pytest.approx(0.5)
+        assert floor["permeability"][span]["dissipation_error"] == pytest.approx(0, abs=1e-6)  # of U^2 / |grad u|^2
+        assert floor["wall_shear"][span]["mean_error"] == pytest.approx(0.5)
+        assert floor["energy_drift"][span] == pytest.approx(-0.75)
+    kept = summarise_rollouts([measured])["persistence"]
+    assert kept["permeability"]["1"]["flow_error"] == pytest.approx(5 / 3)  # -2 for 3
+
+
+def test_short_rollout_is_the_long_one_up_to_step_20():
+    truth = true_trajectory(23)
+    short, long = measure_short_rollout(stay, decode, truth), measure(truth, model=stay)["model"]["vrmse"]
+    assert set(short) == {"1", "2-20", "20"}
+    assert short["1"] == pytest.approx(long["1"]) and short["20"] == pytest.approx(long["20"])
 
 
 def test_one_step_errors_match_their_definition_and_do_not_depend_on_batching():
     latents = rotating_wave(10)
-    medium, parameters, domain = torch.zeros(8, 1, 4, 4, 4), torch.zeros(8, 4), torch.zeros(8, dtype=torch.long)
-    batch = LatentBatch(latents[:8], latents[1:9], latents[2:], medium, parameters, domain)
+    batch = join_successive(latents, torch.zeros(1, 4, 4, 4), torch.zeros(4), 0)
     whole = measure_one_step(stay, batch)
-    halves = [LatentBatch(*(field[i : i + 4] for field in batch)) for i in (0, 4)]
+    halves = [type(batch)(*(field[i : i + 4] for field in batch)) for i in (0, 4)]
     assert measure_one_step(stay, iter(halves)) == pytest.approx(whole, rel=1e-12)
     chord = (2 * math.sin(0.15)) ** 2 / 2  # per value, of two channels in quadrature
     assert whole["persistence_mse"] == pytest.approx(chord, rel=1e-5)
@@ -101,17 +187,17 @@ def test_one_step_errors_match_their_definition_and_do_not_depend_on_batching():
 
 
 def test_average_of_measurements_skips_missing_numbers():
-    one, other = {"a": {"1": 1.0, "2-5": None}, "b": [1.0, 2.0]}, {"a": {"1": 3.0, "2-5": None}, "b": [3.0]}
-    assert average_present([one, other]) == {"a": {"1": 2.0, "2-5": None}, "b": [2.0, 2.0]}
+    one, other = {"a": {"1": 1.0, "20": None}, "b": [1.0, 2.0]}, {"a": {"1": 3.0, "20": None}, "b": [3.0]}
+    assert average_present([one, other]) == {"a": {"1": 2.0, "20": None}, "b": [2.0, 2.0]}
 
 
 def test_vrmse_of_rollout_is_that_of_the_physics_room():
     truth = true_trajectory(6)
-    measured = measure_rollout(stay, decode, truth)
+    measured = measure(truth, model=stay)["model"]
     frozen, _ = decode(truth.latents[1:2], None)
-    assert measured["vrmse"]["last"] == vrmse(frozen, truth.velocity[-1:]).item()
+    assert measured["vrmse_per_step"][-1] == vrmse(frozen, truth.velocity[-1:]).item()
 
 
 def test_trajectories_without_a_step_are_refused():
     with pytest.raises(ValueError, match="latents: 2 states"):
-        measure_rollout(stay, decode, true_trajectory(2))
+        measure(true_trajectory(2), model=stay)
