@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.mixture import MixtureConfig
 from shodh.config import to_plain
@@ -96,11 +96,60 @@ class Evaluation:
         require_positive(self, "threads")
 
 
+Variant = Literal[
+    "shodh", "solo", "dense_flops", "dense_parameters", "oracle", "hash", "top2", "top4", "pair"
+]  # see launch/variants.py
+PAIR = ("open_channel", "porous_media")  # the domains of the variant ``pair``
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferMeasurement:
+    """launch/measure_transfer.py; ``model``, ``objective``, ``engine`` and ``loop`` are those of the variant shodh."""
+
+    stores: Path
+    latents: Path
+    domains: tuple[str, ...]
+    tokenizer: Path
+    run: Path
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]  # each in place of loop.seed
+    model: TransformerConfig
+    objective: ForecastConfig
+    engine: EngineConfig
+    loop: LoopConfig
+    checkpoint_interval: int
+    record_interval: int = 20  # steps between lines of metrics.jsonl
+    jobs: int = 2  # processes side by side
+
+    def __post_init__(self) -> None:
+        require_domains(self.domains)
+        require_positive(self, "checkpoint_interval", "record_interval", "jobs")
+        for name, values in (("seeds", self.seeds), ("variants", self.variants)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)}: name at least one, and none twice.")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds={list(self.seeds)}: none may be negative.")
+        if self.engine.batch_size % len(self.domains):
+            raise ValueError(
+                f"engine.batch_size={self.engine.batch_size}: {len(self.domains)} domains do not divide it, so no solo "
+                "model could see what the joint one sees. Choose a multiple."
+            )
+        if self.model.top_k != 1 or self.model.expert_hidden is not None:
+            raise ValueError("model: top_k and expert_hidden are what variants change. Leave them out.")
+        if self.model.hidden % 4 and {"top2", "top4"} & set(self.variants):
+            raise ValueError(f"model.hidden={self.model.hidden}: not a multiple of 4, which top4 divides it by.")
+        if "pair" in self.variants and not set(PAIR) <= set(self.domains):
+            raise ValueError(f"variants=pair: is of the domains {PAIR}. Add them, or leave the variant out.")
+        if "oracle" in self.variants and self.model.num_experts < len(self.domains):
+            raise ValueError(f"model.num_experts={self.model.num_experts}: too few for the oracle's {self.domains}.")
+
+
 CONFIGS = {
     "train_tokenizer": TokenizerTraining,
     "cache_latents": LatentCaching,
     "pretrain": Pretraining,
     "evaluate_model": Evaluation,
+    "measure_transfer": TransferMeasurement,
 }
 
 

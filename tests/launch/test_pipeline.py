@@ -118,12 +118,18 @@ def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
             assert conserved["mean_flow"] > 0
         assert {"velocity", "pressure"} <= set(block["tokenizer"]["vrmse"])
         assert block["latent_mse"] > 0 and block["decoded_mse"] > 0
-        assert {"1", "2-5", "last"} <= set(block["rollout"]["vrmse"])
+        assert set(block["rollout"]) == {"model", "linear", "persistence", "decoded_truth"}
+        for forecast in block["rollout"].values():
+            assert {"1", "2-20", "20", "21-60"} == set(forecast["vrmse"])
+            assert forecast["vrmse"]["2-20"] > 0 and forecast["vrmse"]["20"] is None  # 4 steps
+            assert len(forecast["vrmse_per_step"]) == 4 and len(forecast["octave_energy_ratio"]["1"]) > 1
+            assert (forecast["permeability"] is None) == (name != "porous_media")
+        assert block["linear_latent_mse"] > 0
         assert block["reconstruction"]["vrmse"]["velocity"] == pytest.approx(block["tokenizer"]["vrmse"]["velocity"])
         assert block["reconstruction"]["highest_octave_energy_ratio"] > 0
         assert (block["reconstruction"]["permeability"] is None) == (name != "porous_media")
         assert block["latents"]["smoothness"]["velocity"]["largest_gain"] > 0 and block["latents"]["round_trip"] > 0
-        assert len(block["routing"]["load"]) == 2 and {"purity", "mutual_information"} <= set(block["routing"])
+        assert len(block["routing"]["load"]) == 2 and {"concentration", "mutual_information"} <= set(block["routing"])
         assert all(abs(sum(load) - 1) < 1e-6 for load in block["routing"]["load"])
         assert name in done.stdout
     report = (pretrained / "run" / "report.html").read_text()

@@ -1,0 +1,110 @@
+"""Variants are equal in what they are said to be equal in: parameters, active ones, samples and their order."""
+
+import dataclasses
+
+import pytest
+from conftest import make_domain
+from settings import TransferMeasurement
+from variants import Job, control_routers, list_jobs, set_job
+
+from shodh.config import ConfigError, load_config
+from shodh.model.transformer import LatentTransformer, count_parameters
+
+CONFIGS = ("configs/measure_transfer/debug.yaml", "configs/measure_transfer/quickstart.yaml")
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request) -> TransferMeasurement:
+    return load_config(TransferMeasurement, request.param)
+
+
+def build(config: TransferMeasurement, variant: str) -> LatentTransformer:
+    return LatentTransformer(set_job(config, Job(variant, 0)).model)
+
+
+def count_of_feed_forward(model: LatentTransformer) -> tuple[int, int]:
+    """Parameters of the shared and routed experts of all layers: in all, and those that a token passes."""
+    shared = sum(p.numel() for name, p in model.named_parameters() if ".shared." in name)
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".routed." in name)
+    return shared + routed, shared + routed * model.config.top_k // model.config.num_experts
+
+
+def count_of_routers(model: LatentTransformer) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "equal"),
+    [
+        ("dense_flops", ["active"]),
+        ("dense_parameters", ["total"]),
+        ("oracle", ["active"]),
+        ("hash", ["active", "total"]),
+        ("top2", ["active", "total"]),
+        ("top4", ["active", "total"]),
+        ("pair", ["active"]),
+    ],
+)
+def test_variants_equal_shodh_in_parameters_but_for_their_routers(config, variant, equal):
+    ours, theirs = build(config, "shodh"), build(config, variant)
+    for number, name in enumerate(("total", "active")):
+        assert (count_of_feed_forward(ours)[number] == count_of_feed_forward(theirs)[number]) == (name in equal)
+        without_routers = [count_parameters(m)[number] - count_of_routers(m) for m in (ours, theirs)]
+        assert (without_routers[0] == without_routers[1]) == (name in equal)
+
+
+def test_a_dense_model_routes_nothing(config):
+    for variant in ("dense_flops", "dense_parameters"):
+        assert build(config, variant).config.num_experts == 1
+
+
+def test_every_variant_has_a_folder_of_its_own_and_none_is_forgotten(config):
+    jobs = list_jobs(config)
+    assert len({job.name for job in jobs}) == len(jobs) == (len(config.variants) - 1 + len(config.domains)) * 3
+    sizes = [set_job(config, job).engine.batch_size for job in jobs]
+    assert sizes == sorted(sizes, reverse=True)  # what takes longest comes first
+
+
+def test_solo_models_take_their_domains_share_of_every_batch_under_the_same_seed(config):
+    """That these are the same samples in the same order is the mixture's to hold: see its tests."""
+    joint = set_job(config, Job("shodh", 5))
+    shares = []
+    for name in config.domains:
+        solo = set_job(config, Job("solo", 5, name))
+        assert solo.domains == (name,) and solo.loop == joint.loop and solo.loop.seed == 5
+        assert dataclasses.replace(solo.engine, batch_size=joint.engine.batch_size) == joint.engine
+        assert (solo.model, solo.objective) == (joint.model, joint.objective)
+        shares.append(solo.engine.batch_size)
+    assert shares == [joint.engine.batch_size // 3] * 3
+    assert set_job(config, Job("pair", 5)).engine.batch_size == 2 * shares[0]
+
+
+def test_controls_are_swapped_in_for_their_variants_alone(config):
+    domains = [dataclasses.replace(make_domain(), parameters=(name,)) for name in ("dt", "viscosity")]
+    for variant in config.variants:
+        model = build(config, variant)
+        control_routers(model, Job(variant, 0), domains)
+        learned = any("prototype" in name for name, _ in model.named_parameters())
+        assert learned == (variant not in ("oracle", "hash"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("engine.batch_size=7", "engine.batch_size=7: 3 domains do not divide it"),
+        ("seeds=[]", "seeds=.*name at least one"),
+        ("seeds=[1,1]", "none twice"),
+        ("seeds=[-1]", "none may be negative"),
+        ("variants=[shod]", "variants.0='shod'"),
+        ("model.top_k=2", "top_k and expert_hidden are what variants change"),
+        ("model.hidden=30", "model.hidden=30: not a multiple of 4"),
+        ("domains=[fwi,open_channel]", "variants=pair: is of the domains"),
+        ("model.num_experts=2", "too few for the oracle"),
+        ("jobs=0", "jobs=0: must be at least 1"),
+        ("sedes=[1]", "no such key.*Did you mean seeds"),
+    ],
+)
+def test_bad_config_is_refused_in_one_line(override, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(TransferMeasurement, CONFIGS[0], [override])
+    assert "\n" not in str(caught.value)
