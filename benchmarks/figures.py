@@ -55,9 +55,9 @@ def stated(name: str, values: float | Sequence[float] | np.ndarray, unit: str = 
     return _bounded(name, values, "", lambda value: True, unit)
 
 
-def control(name: str, ratios: Sequence[float] | np.ndarray) -> Figure:
-    """A thing's time over its own: further from 1 than ``CONTROL``, and the run is void."""
-    return _bounded(name, ratios, f"{CONTROLLED} {CONTROL:g}", lambda value: abs(value - 1) <= CONTROL, "")
+def control(name: str, ratios: Sequence[float] | np.ndarray, within: float = CONTROL) -> Figure:
+    """A thing's time over its own: further than ``within`` from 1, and the run is void."""
+    return _bounded(name, ratios, f"{CONTROLLED} {within:g}", lambda value: abs(value - 1) <= within, "")
 
 
 def time_interleaved(works: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, np.ndarray]:

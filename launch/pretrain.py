@@ -14,8 +14,13 @@ def main(arguments: list[str]) -> None:
 
     from data.mixture import LatentMixture, stream
     from shodh.config import load_config, to_plain
-    from shodh.evaluation.hooks import MeasureDivergence, MeasureForecast, MeasureRollout, MeasureRouting
+    from shodh.evaluation.alarm_hook import RaiseAlarms
+    from shodh.evaluation.hooks import MeasureDivergence, MeasureForecast, MeasureRollout, take_probe
+    from shodh.evaluation.telemetry import FLIP_INTERVAL, MeasureFlips, MeasureRouting
+    from shodh.model.router import find_routers
     from shodh.model.transformer import LatentTransformer
+    from shodh.training.alarm_log import AlarmLog
+    from shodh.training.balance import AdjustBias
     from shodh.training.engine import build_engine, distributed
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
@@ -25,19 +30,24 @@ def main(arguments: list[str]) -> None:
     require_channels(config.model, tokenizer)
     cells = latents[0].cells_per_state
     with distributed(config.engine.threads_per_rank) as group:
-        mixture = LatentMixture(latents, mixture_config(config))
+        mixture = LatentMixture(latents, mixture_config(config), num_states=2 + config.objective.unroll)
         torch.manual_seed(config.loop.seed)
         model = LatentTransformer(config.model)
         engine = build_engine(model, config.engine, group.device)
         measured = zip(stores, latents, strict=True) if group.rank == 0 else ()  # other ranks only train
         probes = [hold_out(tokenizer, store, cache, group.device, num_trajectories=1) for store, cache in measured]
+        routing = MeasureRouting(config.domains, config.tracking.interval)
+        log, settle = AlarmLog(config.run, "pretrain"), config.loop.schedule.num_warmup_steps
         train_resumably(
             engine,
             ForecastObjective(config.objective),
             lambda step: stream(mixture, step, group.device, group.rank, group.size),
             config.loop,
             hooks=[
-                MeasureRouting(config.domains, config.tracking.interval),
+                AdjustBias(find_routers(model), config.objective.bias_rate),
+                routing,
+                RaiseAlarms(routing, engine, log, config.model.top_k, settle),
+                MeasureFlips(model, take_probe(probes), config.domains, FLIP_INTERVAL),
                 MeasureForecast(model, probes, config.measure_interval),
                 MeasureDivergence(model, probes, config.measure_interval),
                 MeasureRollout(model, probes, config.measure_interval),

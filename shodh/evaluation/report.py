@@ -29,16 +29,18 @@ def write_report(run_folder: Path) -> Path:
     """Write ``report.html`` into a run's folder and return its path. Raises ValueError if there is no such folder."""
     from shodh.evaluation import report_reconstruction as reconstruction  # here: matplotlib, which the text table
     from shodh.evaluation import report_sections as sections  # does not need
+    from shodh.evaluation.report_alarms import show_alarms
+    from shodh.evaluation.report_routing import show_routing
 
     run = read_run(run_folder)
     content = [
-        ("Alarms", sections.show_alarms(run)),
+        ("Alarms", show_alarms(run)),
         ("Evaluation", sections.show_evaluation(run)),
         ("Fields", sections.show_fields(run)),
         ("Reconstruction", reconstruction.show_reconstruction(run)),
         ("Latents", reconstruction.show_latents(run)),
         ("Rollout", sections.show_rollout(run)),
-        ("Routing", sections.show_routing(run)),
+        ("Routing", show_routing(run)),
         ("Training", sections.show_training(run)),
         ("Conservation", sections.show_conservation(run)),
         ("Provenance", sections.show_provenance(run)),
@@ -56,19 +58,28 @@ def write_report(run_folder: Path) -> Path:
 def format_table(evaluation: Mapping[str, Any]) -> str:
     """The evaluation as aligned text, one row a domain, at most 110 columns."""
     lines: list[tuple[str, ...]] = [
-        ("", "max |div|", "tokenizer VRMSE", "one step /", "rollout VRMSE at step", "purity"),
-        ("domain", "or |curl|", _columns("ours", "KLT"), "persistence", _columns("1", "2-5", "last"), "last layer"),
+        ("", "max |div|", "tokenizer VRMSE", "one step /", "rollout VRMSE at step", "linear", "top expert"),
+        (
+            "domain",
+            "or |curl|",
+            _columns("ours", "KLT"),
+            "persistence",
+            _columns("1", "2-20", "20"),
+            "at 20",
+            "last layer",
+        ),
     ]
     for name, domain in (evaluation.get("domains") or {}).items():
         errors = [pick(domain, "tokenizer", key, "velocity") for key in ("vrmse", "block_klt_vrmse")]
-        rollout = [pick(domain, "rollout", "vrmse", span) for span in ("1", "2-5", "last")]
-        purity = last_entry(pick(domain, "routing", "purity"))
-        numbers = (largest_leak(domain), errors, domain.get("latent_mse_over_persistence"), rollout, purity)
+        rollout = [pick(domain, "rollout", "model", "vrmse", span) for span in ("1", "2-20", "20")]
+        linear = pick(domain, "rollout", "linear", "vrmse", "20")
+        busiest = last_entry(pick(domain, "routing", "concentration"))
+        numbers = (largest_leak(domain), errors, domain.get("latent_mse_over_persistence"), rollout, linear, busiest)
         lines.append((name[:24], *(_columns(*n) if isinstance(n, list) else format_number(n) for n in numbers)))
     means = evaluation.get("mean") or {}
     if means:
         errors = [means.get(f"{key}_velocity_vrmse") for key in ("tokenizer", "block_klt")]
-        lines.append(("mean", "", _columns(*errors), "", "", ""))
+        lines.append(("mean", "", _columns(*errors), "", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(f"{x:{'>' if i else '<'}{widths[i]}}" for i, x in enumerate(line)).rstrip() for line in lines]
     return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:]])
@@ -91,10 +102,10 @@ def _find_headlines(run: Run) -> list[Tile]:
         ),
         *_find_sharpness_tiles(run),
         *_compare(
-            "Rollout VRMSE, last step",
-            mean(pick(d, "rollout", "vrmse", "last") for d in domains),
-            "persistence",
-            mean(pick(d, "rollout", "persistence_vrmse", "last") for d in domains),
+            "Rollout VRMSE, step 20",
+            mean(pick(d, "rollout", "model", "vrmse", "20") for d in domains),
+            "linear",
+            mean(pick(d, "rollout", "linear", "vrmse", "20") for d in domains),
         ),
         *_find_routing_tiles(run),
         *_find_size_tiles(run),
@@ -136,10 +147,11 @@ def _find_sharpness_tiles(run: Run) -> list[Tile]:
 
 
 def _find_routing_tiles(run: Run) -> list[Tile]:
-    purity = mean(last_entry(pick(d, "routing", "purity")) for d in run.domains.values())
+    layers = run.evaluation.get("routing_layers") or [{}]
+    purity = layers[-1].get("purity")
     if purity is None:
         return []
-    return [Tile("Routing purity, last layer", f"{purity:.0%}", "of a domain's tokens go to its first expert")]
+    return [Tile("Expert purity, last layer", format_number(purity), "of an expert's tokens are of its main domain")]
 
 
 def _find_size_tiles(run: Run) -> list[Tile]:

@@ -43,6 +43,13 @@ class Theme(NamedTuple):
 
 
 LIGHT, DARK = Theme("#1b2330", "#ffffff", "#dde1e8"), Theme("#e6eaf0", "#1a2029", "#2e3744")
+ROLLOUT_KINDS = {
+    "model": "model",
+    "persistence": "persistence",
+    "linear": "linear latent model",
+    "decoded_truth": "true latents decoded",
+}  # block of a rollout -> its name on the page
+WORST_SHOWN = 3.0  # VRMSE: beyond it no prediction is left to compare
 CURVE_SIZE = 4.2, 2.7  # inches
 MAX_POINTS = 2000  # of a curve; more than that no screen shows
 
@@ -65,22 +72,32 @@ def draw_image(
     return _render(draw, caption, (width / 0.83, height))
 
 
-def draw_experts(expert: np.ndarray, background: np.ndarray | None, caption: str) -> str:
-    """The expert of every token of a slice (x, y) by colour, with contours of the field it acts on."""
-    colours = np.array([to_rgb(c) for c in EXPERT_COLOURS])[expert % len(EXPERT_COLOURS)]
+def draw_expert_slices(experts: np.ndarray, field: np.ndarray | None, first_layer: int, caption: str) -> str:
+    """Experts (layer, x, y, slice) by colour: a column a layer, a row a slice, the field (x, y, slice) at the left."""
+    colours = np.array([to_rgb(c) for c in EXPERT_COLOURS])[experts % len(EXPERT_COLOURS)]
+    columns = ["field"] * (field is not None) + [f"layer {first_layer + i}" for i in range(len(experts))]
+    num_slices, cell = experts.shape[-1], 1.15  # inches
 
     def draw(canvas: Figure, theme: Theme) -> None:
-        axes = canvas.add_axes((0, 0, 1, 1))
-        axes.imshow(colours.transpose(1, 0, 2), origin="lower", extent=(0, 1, 0, 1), aspect="auto")
-        if background is not None and np.ptp(background) > 0:
-            centres = ((np.arange(n) + 0.5) / n for n in background.shape)
-            levels = np.unique(np.quantile(background, (0.1, 0.5, 0.9)))
-            widths = (0.6, 0.8, 1.1)
-            axes.contour(*centres, background.T, levels, colors="black", linewidths=widths, linestyles="solid")
-        axes.set_axis_off()
+        canvas.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03)
+        grid = canvas.subplots(num_slices, len(columns), squeeze=False)
+        for row in range(num_slices):
+            pictures = [layer[..., row, :].transpose(1, 0, 2) for layer in colours]
+            if field is not None:
+                grid[row, 0].imshow(field[..., row].T, origin="lower", cmap="viridis", interpolation="nearest")
+                grid[row, 0].set_aspect("auto")
+            for axes, picture in zip(grid[row, len(columns) - len(pictures) :], pictures, strict=True):
+                axes.imshow(picture, origin="lower", interpolation="nearest", aspect="auto")
+        for axes in grid.flat:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_color(theme.line)
+        for axes, name in zip(grid[0], columns, strict=True):
+            axes.set_title(name, color=theme.ink, fontsize=9, pad=3)
 
-    height, width = _image_size(expert.shape if background is None else background.shape)
-    return _render(draw, caption, (width, height))
+    height, width = _image_size(experts.shape[1:3])
+    return _render(draw, caption, (cell * len(columns), cell * height / width * num_slices + 0.3))
 
 
 def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], caption: str, *, smooth: bool = False) -> str:
@@ -146,39 +163,25 @@ def draw_loads(steps: np.ndarray, loads: np.ndarray, caption: str) -> str:
 
 
 def draw_rollout(rollout: Mapping[str, Any], caption: str) -> str | None:
-    """VRMSE of rollout, persistence and the tokenizer's floor: lines per step, or bars if only spans are there."""
-    kinds = {"model": "vrmse", "persistence": "persistence_vrmse", "true latents decoded": "decoded_truth_vrmse"}
-    lines = {name: rollout[f"{key}_per_step"] for name, key in kinds.items() if rollout.get(f"{key}_per_step")}
-    spans = {name: rollout[key] for name, key in kinds.items() if rollout.get(key)}
-    if not lines and not spans:
+    """VRMSE per step of rollout, persistence, linear model and the tokenizer's floor; None where there is none."""
+    lines = {label: (rollout.get(key) or {}).get("vrmse_per_step") for key, label in ROLLOUT_KINDS.items()}
+    if not any(lines.values()):
         return None
-    names = list(kinds)
+    names = list(lines)
 
     def draw(canvas: Figure, theme: Theme) -> None:
         axes = _add_axes(canvas, theme)
+        shown = [v for values in lines.values() for v in values or () if v is not None]
         for name, values in lines.items():
-            height = np.array([np.nan if v is None else v for v in values], dtype=float)
-            colour = EXPERT_COLOURS[names.index(name)]
-            axes.plot(np.arange(1, len(height) + 1), height, color=colour, label=name, marker="o", markersize=3.5)
-        if lines:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlabel("predicted step", color=theme.ink, fontsize=9)
-        else:
-            _draw_bars(axes, spans, names)
-        axes.set_ylim(bottom=0)
+            points = [(step, value) for step, value in enumerate(values or (), start=1) if value is not None]
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, color=EXPERT_COLOURS[names.index(name)], label=name, marker="o", markersize=3.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("predicted step", color=theme.ink, fontsize=9)
+        axes.set_ylim(0, min(WORST_SHOWN, 1.1 * max(shown, default=1.0)))
         _add_legend(axes, theme)
 
     return _render(draw, caption, CURVE_SIZE)
-
-
-def _draw_bars(axes: Axes, spans: Mapping[str, Mapping[str, float | int | None]], names: Sequence[str]) -> None:
-    labels = list(next(iter(spans.values())))
-    width = 0.8 / len(spans)
-    for i, (name, span) in enumerate(spans.items()):
-        height = [span.get(label) or 0.0 for label in labels]
-        where = np.arange(len(labels)) + (i - (len(spans) - 1) / 2) * width
-        axes.bar(where, height, width=0.92 * width, color=EXPERT_COLOURS[names.index(name)], label=name)
-    axes.set_xticks(range(len(labels)), [f"step {label}" if label != "last" else "last step" for label in labels])
 
 
 def _render(draw: Callable[[Figure, Theme], None], caption: str, size: tuple[float, float]) -> str:

@@ -8,18 +8,15 @@ import numpy as np
 import yaml
 
 from shodh.evaluation import report_page as html
-from shodh.evaluation.alarms import find_evaluation_alarms, find_metric_alarms
 from shodh.evaluation.report_certificate import show_certificate
 from shodh.evaluation.report_figures import (
-    EXPERT_COLOURS,
+    ROLLOUT_KINDS,
     draw_curves,
-    draw_experts,
     draw_image,
-    draw_loads,
     draw_rollout,
 )
 from shodh.evaluation.report_page import Cell
-from shodh.evaluation.report_run import Number, Run, format_count, format_number, largest_leak, pick
+from shodh.evaluation.report_run import Run, format_count, format_number, largest_leak, pick
 
 PHASES = {"tokenizer": "Tokenizer", "pretrain": "Pretraining"}
 
@@ -33,8 +30,10 @@ FIELDS_NOTE = (
     "share their colours. The stored array's first axis points right, its second up."
 )
 ROLLOUT_NOTE = (
-    "Predicted from the first two states of held-out trajectories. Persistence keeps the last given state; the floor "
-    "decodes the true latents, which is as well as a perfect prediction would do with this tokenizer."
+    "Predicted from two states of held-out trajectories. Persistence keeps the last given state. The linear latent "
+    "model maps a latent cell and its neighbours, and is fitted to each domain by itself. The floor decodes the true "
+    "latents, as well as a perfect prediction would do with this tokenizer. Octaves: coarse to fine. Permeability: "
+    "mean flow per force. A dash: the quantity does not apply, or a forecast was lost."
 )
 CONSERVATION_COLUMNS = {
     "max_abs": "max",
@@ -49,11 +48,6 @@ CONSERVATION_NOTE = (
     "Of the stored array itself, unscaled, so that 0.0 means bit for bit. Mismatched: what central differences of "
     "cell-centred averages, the wrong operator for these fields, would have reported."
 )
-
-
-def show_alarms(run: Run) -> str:
-    alarms = find_evaluation_alarms(run.evaluation) + find_metric_alarms(run.metrics) + run.problems
-    return "".join(map(html.alarm, alarms)) or html.paragraph("None: nothing here needs your attention.")
 
 
 def show_evaluation(run: Run) -> str:
@@ -126,61 +120,24 @@ def show_rollout(run: Run) -> str:
     pictures = [draw_rollout(rollout, f"{name}: velocity VRMSE") for name, rollout in rollouts.items()]
     rows = []
     for name, rollout in rollouts.items():
-        for key, label in (("vrmse", "model"), ("persistence_vrmse", "persistence"), ("decoded_truth_vrmse", "floor")):
-            spans = [format_number(pick(rollout, key, span)) for span in ("1", "2-5", "last")]
-            energy = format_number(rollout.get("energy_drift")), _bands(rollout.get("band_error"))
-            rows.append([f"{name}, {label}", *spans, *(energy if key == "vrmse" else ("", ""))])
-    header = ["velocity VRMSE at step", "1", "2-5", "last", "energy drift", "energy per band ÷ true, coarse to fine"]
+        for key, label in ROLLOUT_KINDS.items():
+            spans = [format_number(pick(rollout, key, "vrmse", span)) for span in ("1", "2-20", "20", "21-60")]
+            rows.append([f"{name}, {label}", *spans, *_show_physics(rollout, key)])
+    header = ["velocity VRMSE at step", "1", "2-20", "20", "21-60", "energy drift, 20", "energy per octave ÷ true, 20"]
+    header += ["permeability error, 20", "wall shear error, 20"]
     table = html.table(header, rows) + html.paragraph(ROLLOUT_NOTE, quiet=True)
     return html.figures([picture for picture in pictures if picture], 300) + table
 
 
-def show_routing(run: Run) -> str:
-    loads = {name: pick(d, "routing", "load") for name, d in run.domains.items()}
-    loads = {name: load for name, load in loads.items() if load}
-    parts = []
-    if loads:
-        tables = []
-        for layer in range(min(map(len, loads.values()))):
-            rows = {name: load[layer] for name, load in loads.items()}
-            tables.append(html.heat_table(f"Layer {layer}{_information(run, layer)}", rows, EXPERT_COLOURS))
-        parts.append(html.paragraph("Share of a domain's tokens that each expert serves, in percent.", quiet=True))
-        parts.append(f'<div class="heats">{"".join(tables)}</div>')
-    else:
-        parts.append(html.paragraph("No load per expert and domain has been measured yet."))
-    return "".join(parts) + _show_expert_maps(run) + _show_load_history(run)
-
-
-def _show_expert_maps(run: Run) -> str:
-    maps = {key.split("/")[0]: v for key, v in run.slices.items() if key.endswith("/expert") and v.ndim == 3}
-    if not maps:
-        return html.paragraph("There are no slices coloured by expert yet.")
-    experts = sorted({int(e) for expert in maps.values() for e in np.unique(expert)})
-    colours = [(EXPERT_COLOURS[e % len(EXPERT_COLOURS)], f"expert {e}") for e in experts]
-    parts = [html.subheading("Which expert serves which place"), html.legend(colours)]
-    for name, expert in maps.items():
-        background = _plane(run.slices, f"{name}/truth")
-        pictures = [draw_experts(layer, background, f"{name}, layer {i}") for i, layer in enumerate(expert.astype(int))]
-        parts.append(html.figures(pictures, 200))
-    return "".join(parts) + html.paragraph("Colour: the token's expert. Lines: contours of the true field.", quiet=True)
-
-
-def _show_load_history(run: Run) -> str:
-    layers: dict[int, dict[int, str]] = {}
-    for key in dict.fromkeys(key for record in run.metrics for key in record):
-        found = re.fullmatch(r"load/layer(\d+)/expert(\d+)", key)
-        if found:
-            layers.setdefault(int(found[1]), {})[int(found[2])] = key
-    pictures = []
-    for layer, keys in sorted(layers.items()):
-        names = [keys[expert] for expert in sorted(keys)]
-        records = [r for r in run.metrics if all(name in r for name in names)]
-        if len(records) > 1:
-            steps = np.array([r["step"] for r in records])
-            load = np.array([[r[name] for name in names] for r in records])
-            load = load / np.maximum(load.sum(1, keepdims=True), 1e-30)
-            pictures.append(draw_loads(steps, load, f"layer {layer}: share of tokens per expert over training"))
-    return (html.subheading("Load over training") + html.figures(pictures, 330)) if pictures else ""
+def _show_physics(rollout: Mapping[str, Any], key: str) -> list[str]:
+    """What a forecast has kept of the physics by step 20."""
+    octaves = pick(rollout, key, "octave_energy_ratio", "20")
+    return [
+        format_number(pick(rollout, key, "energy_drift", "20")),
+        ", ".join(format_number(ratio) for ratio in octaves) if octaves else "-",
+        format_number(pick(rollout, key, "permeability", "20", "flow_error")),
+        format_number(pick(rollout, key, "wall_shear", "20", "mean_error")),
+    ]
 
 
 def show_training(run: Run) -> str:
@@ -264,13 +221,3 @@ def _curves(
 def _plane(slices: Mapping[str, np.ndarray], key: str) -> np.ndarray | None:
     image = slices.get(key)
     return image if image is not None and image.ndim == 2 and np.isfinite(image).all() else None
-
-
-def _information(run: Run, layer: int) -> str:
-    values = [pick(d, "routing", "mutual_information") for d in run.domains.values()]
-    value = next((v[layer] for v in values if v and layer < len(v)), None)
-    return "" if value is None else f", I(domain; expert) = {value:.2f} nats"
-
-
-def _bands(ratios: Sequence[Number] | None) -> str:
-    return ", ".join(f"{ratio:.2f}" for ratio in ratios) if ratios else "-"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -25,8 +25,21 @@ class RoutingCounts(NamedTuple):
     num_samples: Float[Tensor, "g"]
 
 
+class RoutingStatistics(NamedTuple):
+    """What ``RoutingCounts`` say of every layer and domain; a domain without a token has NaN. Entropies in nats."""
+
+    load: Float[Tensor, "layer g e"]  # share of a domain's tokens on each expert
+    entropy: Float[Tensor, "layer g"]  # of that load
+    concentration: Float[Tensor, "layer g"]  # the largest share that one expert has of a domain
+    margin: Float[Tensor, "layer g"]  # best minus second-best probability, mean over tokens
+    overall: Float[Tensor, "layer e"]  # share of all tokens on each expert
+    purity: Float[Tensor, "layer"]  # mean over tokens of the largest domain share of the token's expert
+    information: Float[Tensor, "layer"]  # I(domain; expert), bias-corrected
+    domain_entropy: Float[Tensor, "layer"]  # H(domain), the most that the information can be
+
+
 def count_routing(routings: Sequence[Routing], domain: Int[Tensor, "b"], num_domains: int) -> RoutingCounts:
-    """The sums of one batch; one Routing per layer, ``domain`` once per sample.
+    """The sums of one batch; one Routing per layer, ``domain`` once per sample. No transfer from the device.
 
     Tokens are sample after sample, so that n is a multiple of b. With ``domain`` given per token, each token counts as
     a sample of its own. Raises ValueError if n is no multiple of b.
@@ -34,15 +47,15 @@ def count_routing(routings: Sequence[Routing], domain: Int[Tensor, "b"], num_dom
     num_samples, num_routed = len(domain), len(routings[0].expert)
     if num_samples == 0 or num_routed % num_samples:
         raise ValueError(f"domain: {num_samples} entries for {num_routed} tokens. Pass one per sample or per token.")
-    member = torch.nn.functional.one_hot(domain.long(), num_domains).double()
-    per_sample = torch.stack([_count_per_sample(routing, num_samples) for routing in routings])
-    margin = torch.stack([reduce(_margin(r), "(b n) -> b", "sum", b=num_samples) for r in routings])
+    per_sample = _count_per_sample(routings, num_samples)
+    margin = reduce(_margin(routings), "l (b n) -> l b", "sum", b=num_samples).double()
+    num_per_domain = _add_by_domain(torch.ones_like(domain, dtype=torch.float64)[None], domain, num_domains)[0]
     return RoutingCounts(
-        choices=torch.einsum("lbe,bg->lge", per_sample, member),
-        squares=torch.einsum("lbe,bg->lge", per_sample**2, member),
-        margin=torch.einsum("lb,bg->lg", margin, member),
-        num_tokens=member.sum(0) * (num_routed // num_samples),
-        num_samples=member.sum(0),
+        choices=_add_by_domain(per_sample, domain, num_domains),
+        squares=_add_by_domain(per_sample.square(), domain, num_domains),
+        margin=_add_by_domain(margin, domain, num_domains),
+        num_tokens=num_per_domain * (num_routed // num_samples),
+        num_samples=num_per_domain,
     )
 
 
@@ -53,6 +66,23 @@ def merge_counts(batches: Sequence[RoutingCounts]) -> RoutingCounts:
     return RoutingCounts(*(torch.stack(column).sum(0) for column in zip(*batches, strict=True)))
 
 
+def describe(counts: RoutingCounts) -> RoutingStatistics:
+    """All layers' statistics at once. The overall load weighs domains by their tokens."""
+    choices = counts.choices.double()
+    by_domain, total = choices.sum(-1), choices.sum((-1, -2))
+    load = choices / by_domain.unsqueeze(-1)
+    return RoutingStatistics(
+        load=load,
+        entropy=_entropy(load),
+        concentration=load.amax(-1),
+        margin=counts.margin / counts.num_tokens,
+        overall=choices.sum(1) / total.unsqueeze(-1),
+        purity=choices.amax(1).sum(-1) / total,
+        information=mutual_information(counts),
+        domain_entropy=_entropy(by_domain / total.unsqueeze(-1)),
+    )
+
+
 def summarise(counts: RoutingCounts, domain_names: Sequence[str]) -> dict[str, Any]:
     """Per layer, and per domain and layer, what JSON and the dashboard show; domains without a token are left out.
 
@@ -60,13 +90,13 @@ def summarise(counts: RoutingCounts, domain_names: Sequence[str]) -> dict[str, A
     """
     counts = RoutingCounts(*(field.double().cpu() for field in counts))
     seen = [g for g in range(len(domain_names)) if counts.num_tokens[g] > 0]
-    counts = _select_domains(counts, seen)
-    layers = [_summarise_layer(counts, layer) for layer in range(len(counts.choices))]
-    information = [layer["mutual_information"] for layer in layers]
+    counts = select_domains(counts, seen)
+    statistics = describe(counts)
+    information = statistics.information.tolist()
     return {
-        "layers": layers,
+        "layers": [_summarise_layer(statistics, layer) for layer in range(len(counts.choices))],
         "domains": {
-            domain_names[g]: _summarise_domain(counts, column) | {"mutual_information": information}
+            domain_names[g]: _summarise_domain(counts, statistics, column) | {"mutual_information": information}
             for column, g in enumerate(seen)
         },
     }
@@ -83,66 +113,82 @@ def mutual_information(counts: RoutingCounts) -> Float[Tensor, "layer"]:
     weight = counts.choices.sum(-1) / counts.choices.sum((-1, -2)).unsqueeze(-1)
     share = counts.choices / counts.choices.sum(-1, keepdim=True)
     num_samples = counts.num_samples.unsqueeze(-1)
-    between = (counts.squares - counts.choices**2 / num_samples).clamp_min(0)
-    variance = between * num_samples / (num_samples - 1).clamp_min(1) / counts.choices.sum(-1, keepdim=True) ** 2
+    between = (counts.squares - counts.choices.square() / num_samples).clamp_min(0)
+    variance = between * num_samples / (num_samples - 1).clamp_min(1) / counts.choices.sum(-1, keepdim=True).square()
     overall = torch.einsum("lg,lge->le", weight, share)
-    overall_variance = torch.einsum("lg,lge->le", weight**2, variance)
+    overall_variance = torch.einsum("lg,lge->le", weight.square(), variance)
     within = _entropy(share) + _shortfall(variance, share)
     return _entropy(overall) + _shortfall(overall_variance, overall) - (weight * within).sum(-1)
 
 
-def flip_rate(previous: Sequence[Routing], current: Sequence[Routing]) -> list[float]:
-    """Per layer, the share of tokens of a fixed probe batch whose best expert changed between two measurements."""
-    pairs = zip(previous, current, strict=True)
-    return [(p.expert[:, 0] != c.expert[:, 0]).double().mean().item() for p, c in pairs]
-
-
-def _select_domains(counts: RoutingCounts, domains: list[int]) -> RoutingCounts:
+def select_domains(counts: RoutingCounts, domains: Sequence[int]) -> RoutingCounts:
+    """The counts of some domains alone."""
+    keep = list(domains)
     return RoutingCounts(
-        choices=counts.choices[:, domains],
-        squares=counts.squares[:, domains],
-        margin=counts.margin[:, domains],
-        num_tokens=counts.num_tokens[domains],
-        num_samples=counts.num_samples[domains],
+        choices=counts.choices[:, keep],
+        squares=counts.squares[:, keep],
+        margin=counts.margin[:, keep],
+        num_tokens=counts.num_tokens[keep],
+        num_samples=counts.num_samples[keep],
     )
 
 
-def _count_per_sample(routing: Routing, num_samples: int) -> Float[Tensor, "b e"]:
-    chosen = torch.nn.functional.one_hot(routing.expert.long(), routing.probability.shape[-1])
-    return reduce(chosen, "(b n) k e -> b e", "sum", b=num_samples).double()
+def normalise_information(statistics: RoutingStatistics) -> Float[Tensor, "layer"]:
+    """I(domain; expert) / H(domain); 0 where there is but one domain."""
+    entropy = statistics.domain_entropy
+    return torch.where(entropy > 0, statistics.information / entropy, torch.zeros_like(entropy))
 
 
-def _margin(routing: Routing) -> Float[Tensor, "n"]:
-    best = routing.probability.double().topk(min(2, routing.probability.shape[-1]), dim=-1).values
-    return best[:, 0] - best[:, 1] if best.shape[-1] > 1 else best[:, 0]
+def _count_per_sample(routings: Sequence[Routing], num_samples: int) -> Float[Tensor, "layer b e"]:
+    """Tokens of each sample on each expert: one scatter for all layers."""
+    expert = rearrange([r.expert for r in routings], "l (b n) k -> (l b) (n k)", b=num_samples)
+    counts = torch.zeros(len(expert), routings[0].probability.shape[-1], dtype=torch.float64, device=expert.device)
+    counts.scatter_add_(1, expert.long(), torch.ones((), dtype=counts.dtype, device=expert.device).expand_as(expert))
+    return rearrange(counts, "(l b) e -> l b e", b=num_samples)
 
 
-def _summarise_layer(counts: RoutingCounts, layer: int) -> dict[str, Any]:
-    choices = counts.choices[layer]
-    load = choices.sum(0) / choices.sum()
-    information = mutual_information(counts)[layer].item()
-    domain_entropy = _entropy(choices.sum(-1) / choices.sum()).item()
+def _add_by_domain(
+    values: Float[Tensor, "layer b *e"], domain: Int[Tensor, "b"], num_domains: int
+) -> Float[Tensor, "layer g *e"]:
+    sums = torch.zeros(values.shape[0], num_domains, *values.shape[2:], dtype=values.dtype, device=values.device)
+    return sums.index_add_(1, domain.long(), values)
+
+
+def _margin(routings: Sequence[Routing]) -> Float[Tensor, "layer n"]:
+    """Best minus second-best probability, kept up expert by expert: on a CPU a quarter of the time of ``topk``."""
+    probability = rearrange([r.probability for r in routings], "l n e -> e l n").contiguous()
+    best, second = probability[0], torch.zeros_like(probability[0])
+    for other in probability[1:]:
+        second = torch.maximum(second, torch.minimum(best, other))
+        best = torch.maximum(best, other)
+    return best - second
+
+
+def _summarise_layer(statistics: RoutingStatistics, layer: int) -> dict[str, Any]:
+    load = statistics.overall[layer]
     return {
         "load": load.tolist(),
         "load_over_ideal": (load * len(load)).tolist(),
-        "mutual_information": information,
-        "normalised_mutual_information": information / domain_entropy if domain_entropy > 0 else 0.0,
-        "domain_entropy": domain_entropy,
+        "purity": statistics.purity[layer].item(),
+        "mutual_information": statistics.information[layer].item(),
+        "normalised_mutual_information": normalise_information(statistics)[layer].item(),
+        "domain_entropy": statistics.domain_entropy[layer].item(),
         "dead_experts": torch.nonzero(load == 0).flatten().tolist(),
         "effective_experts": _entropy(load).exp().item(),
     }
 
 
-def _summarise_domain(counts: RoutingCounts, domain: int) -> dict[str, Any]:
-    load = counts.choices[:, domain] / counts.choices[:, domain].sum(-1, keepdim=True)
-    num_experts, entropy = load.shape[-1], _entropy(load)
+def _summarise_domain(counts: RoutingCounts, statistics: RoutingStatistics, domain: int) -> dict[str, Any]:
+    load, entropy = statistics.load[:, domain], statistics.entropy[:, domain]
+    num_experts = load.shape[-1]
     return {
         "load": load.tolist(),
         "load_over_ideal": (load * num_experts).tolist(),
-        "purity": load.amax(-1).tolist(),
+        "concentration": statistics.concentration[:, domain].tolist(),
         "entropy": entropy.tolist(),
         "normalised_entropy": (entropy / math.log(num_experts) if num_experts > 1 else entropy).tolist(),
-        "margin": (counts.margin[:, domain] / counts.num_tokens[domain]).tolist(),
+        "margin": statistics.margin[:, domain].tolist(),
+        "choices_per_token": round((counts.choices[0, domain].sum() / counts.num_tokens[domain]).item()),
         "num_tokens": int(counts.num_tokens[domain]),
         "num_samples": int(counts.num_samples[domain]),
     }

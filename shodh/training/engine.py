@@ -87,6 +87,7 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False
@@ -95,6 +96,7 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
         yield ProcessGroup(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:
         torch.distributed.destroy_process_group()
+        groups._WORLD_GROUP = None  # else DeepSpeed's next engine in this process asks for the group that has gone
 
 
 def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -> Any:

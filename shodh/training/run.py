@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shodh.config import ConfigError
+from shodh.training.alarm_log import Alarm, AlarmLog
 from shodh.training.checkpoint import SaveCheckpoint, find_newest, read_checkpoint, restore_state
 from shodh.training.loop import Hook, LoopConfig, Objective, train
 from shodh.training.tracking import Track, TrackingConfig
@@ -53,6 +54,10 @@ def train_resumably(
     save = SaveCheckpoint(engine, checkpoints, checkpoint_interval, num_steps, run)
     try:
         train(engine, objective, batches_from, loop, [*hooks, track, save], first_step)
+    except FloatingPointError as error:
+        if leader:
+            AlarmLog(folder, phase).write("raised", track.step + 1, Alarm("not finite", str(error)))
+        raise
     finally:
         track.close()
 

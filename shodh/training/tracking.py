@@ -1,17 +1,20 @@
 """Where scalars go: an append-only ``metrics.jsonl`` is the truth; the progress bar and W&B are views of it."""
 
 import json
-import os
+import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
+from shodh.training.line_log import open_for_appending
 from shodh.training.loop import StepRecord
+
+OVERALL_LOAD = re.compile(r"load/layer\d+/expert\d+")  # of all domains together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +42,18 @@ class Track:
     ) -> None:
         self.phase, self.config, self.num_steps, self.tokens_per_step = phase, config, num_steps, tokens_per_step
         self.active = torch.distributed.get_rank() == 0
+        self.step = first_step  # the last one that was completed
         if not self.active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = _open_for_appending(folder / "metrics.jsonl")
+        self.file = open_for_appending(folder / "metrics.jsonl")
         self.bar = tqdm(
             total=num_steps, initial=first_step, desc=phase, unit="step", mininterval=1.0, dynamic_ncols=True
         )
         self.run = _start_wandb(folder, phase, config)
 
     def after_step(self, record: StepRecord) -> None:
+        self.step = record.step
         if not self.active:
             return
         scalars = record.scalars | {"tokens_per_second": self.tokens_per_step / record.seconds}
@@ -60,9 +65,11 @@ class Track:
                 self.run, {f"{self.phase}/{key}": value for key, value in scalars.items()}, record.step
             )
         shown = {"loss": f"{scalars['loss']:.4f}", "tok/s": f"{scalars['tokens_per_second']:.0f}"}
-        loads = [value for key, value in scalars.items() if key.startswith("load/")]
+        loads = [value for key, value in scalars.items() if OVERALL_LOAD.fullmatch(key)]
         if loads:
             shown["load max/ideal"] = f"{max(loads):.1f}"
+        if scalars.get("alarms"):
+            shown["alarms"] = f"{scalars['alarms']:.0f}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(record.step - self.bar.n)
 
@@ -76,17 +83,6 @@ class Track:
                     self.run.finish()
                 except Exception as error:  # W&B must never end a finished run
                     _warn_wandb(error)
-
-
-def _open_for_appending(path: Path) -> TextIO:
-    """The file, its last line ended: one torn by a kill must not swallow the next."""
-    file = path.open("a")
-    if file.tell():
-        with path.open("rb") as end:
-            end.seek(-1, os.SEEK_END)
-            if end.read() != b"\n":
-                file.write("\n")
-    return file
 
 
 def _start_wandb(folder: Path, phase: str, config: TrackingConfig) -> Any:

@@ -14,6 +14,7 @@ import pytest
 
 from shodh.evaluation.report import format_table, write_report
 from shodh.evaluation.report_run import format_count, format_number, read_metrics
+from shodh.training.alarm_log import Alarm, AlarmLog
 
 REPOSITORY = Path(__file__).parents[3]
 DOMAINS = ("open_channel", "porous_media", "fwi")
@@ -33,10 +34,17 @@ def evaluate_domain(random: np.random.Generator, index: int) -> dict:
     concentration = (4.0, 0.2)  # later layers specialise
     load = [random.dirichlet(np.full(NUM_EXPERTS, a)).tolist() for a in concentration]
     rollout = {}
-    kinds = (("vrmse", 0.33, 0.8), ("persistence_vrmse", 0.35, 1.3), ("decoded_truth_vrmse", 0.3, 0.32))
+    kinds = (("model", 0.33, 0.8), ("persistence", 0.35, 1.3), ("linear", 0.34, 9.9), ("decoded_truth", 0.3, 0.32))
     for name, first, last in kinds:
         row = (first + (last - first) * (1 - np.exp(-steps / 6)) + 0.01 * random.normal(size=10)).tolist()
-        rollout |= {name: {"1": row[0], "2-5": float(np.mean(row[1:5])), "last": row[-1]}, f"{name}_per_step": row}
+        rollout[name] = {
+            "vrmse": {"1": row[0], "2-20": float(np.mean(row[1:])), "20": row[9], "21-60": None},
+            "vrmse_per_step": row,
+            "energy_drift": {"20": -0.12},
+            "octave_energy_ratio": {"20": [0.98, 0.86, None]},
+            "permeability": {"20": {"flow_error": 0.123}} if index == 1 else None,
+            "wall_shear": {"20": None},
+        }
     conserved = {"max_abs": 0.0, "rms": 0.0, "mean_abs": 0.0, "rms_over_rms_gradient": 0.0, "num_fields": 24}
     conserved |= {"operator": "staggered incidence d: faces -> cells, coefficients +1 and -1, on the stored flux"}
     conserved |= {"dtype": "stored float32, evaluated float64", "mismatched_operator_rms": 0.031, "mean_flow": 0.42}
@@ -52,10 +60,10 @@ def evaluate_domain(random: np.random.Generator, index: int) -> dict:
         "persistence_latent_mse": 0.055,
         "latent_mse_over_persistence": 0.38 + 0.1 * index,
         "decoded_mse": 0.0123,
-        "rollout": rollout | {"energy_drift": -0.12, "band_error": [0.98, 0.86, 0.51, 0.2]},
+        "rollout": rollout,
         "routing": {
             "load": load,
-            "purity": [max(row) for row in load],
+            "concentration": [max(row) for row in load],
             "mutual_information": [0.02, 0.82],
         },
     }
@@ -70,7 +78,7 @@ def write_metrics(folder: Path, random: np.random.Generator) -> None:
             record |= {"loss/data": 0.9 * loss, "tokens_per_second": 21000 + 500 * random.normal()}
             if phase == "pretrain":
                 for layer in range(NUM_LAYERS):
-                    record[f"routing/layer{layer}/purity/fwi"] = 0.2 + 0.2 * layer * (1 - np.exp(-step / 200))
+                    record[f"routing/layer{layer}/concentration/fwi"] = 0.2 + 0.2 * layer * (1 - np.exp(-step / 200))
                     load = random.dirichlet(np.linspace(20, 60, NUM_EXPERTS))
                     record |= {f"load/layer{layer}/expert{e}": share for e, share in enumerate(load)}
                 if step % 50 == 0:
@@ -93,20 +101,27 @@ def write_example_run(folder: Path) -> Path:
             "tokenizer_hash": "a1b2c3d4e5f60718",
         },
         "domains": {name: evaluate_domain(random, index) for index, name in enumerate(DOMAINS)},
+        "routing_layers": [
+            {"purity": 0.35, "mutual_information": 0.02, "normalised_mutual_information": 0.018},
+            {"purity": 0.91, "mutual_information": 0.82, "normalised_mutual_information": 0.746},
+        ],
         "mean": {"tokenizer_velocity_vrmse": 0.43, "block_klt_velocity_vrmse": 0.585},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     write_metrics(folder, random)
+    collapse = Alarm("collapse", "Layer 0: collapse, expert 3 takes 97% of the tokens, whatever their domain.", 0, (3,))
+    AlarmLog(folder, "pretrain").write("raised", 120, collapse)
     slices = {}
     for index, name in enumerate(DOMAINS):
         truth, noise = random_field(random, 32), random_field(random, 32, -0.5)
         truth = truth if index == 2 else np.abs(truth)
-        coarse = np.stack([random_field(random, 8) for _ in range(NUM_LAYERS)])
+        coarse = np.stack([[random_field(random, 4) for _ in range(4)] for _ in range(NUM_LAYERS)]).swapaxes(1, 3)
         decoded = truth + 0.2 * noise if index == 2 else np.abs(truth + 0.2 * noise)
         slices[f"{name}/truth"], slices[f"{name}/decoded"] = truth, decoded
         slices[f"{name}/error"] = decoded - truth
         slices[f"{name}/medium"] = (random_field(random, 32) > 0.3).astype(np.float32)
-        slices[f"{name}/expert"] = np.clip(coarse * 1.3 + 2 * index + 2, 0, NUM_EXPERTS - 1).astype(int)
+        slices[f"{name}/experts"] = np.clip(coarse * 1.3 + 2 * index + 2, 0, NUM_EXPERTS - 1).astype(np.int16)
+        slices[f"{name}/truth_slices"] = np.stack([np.roll(truth, 4 * i, 0) for i in range(4)], -1)
         slices[f"{name}/field"] = np.array("particle velocity along x" if index == 2 else "|u| in the middle plane")
     np.savez(folder / "slices.npz", **slices)
     return folder
@@ -155,14 +170,23 @@ def test_page_is_well_formed_and_loads_nothing_from_elsewhere(run_folder):
 
 def test_every_picture_is_a_png_in_a_light_and_a_dark_form(run_folder):
     pictures = [a for a in read_page(run_folder / "report.html").addresses if a.startswith("data:image/png")]
-    # light and dark; per domain 4 slices, its expert maps, 1 rollout; loads; 3 curves a phase, routing and forecast
-    assert len(pictures) == 2 * (3 * (4 + NUM_LAYERS + 1) + NUM_LAYERS + 2 * 3 + 2)
+    # light and dark; per domain 4 slices, 1 of expert maps, 1 rollout; loads; 3 curves a phase, routing and forecast
+    assert len(pictures) == 2 * (3 * (4 + 1 + 1) + NUM_LAYERS + 2 * 3 + 2)
     assert all(base64.b64decode(p.split(",")[1]).startswith(b"\x89PNG") for p in pictures)
 
 
 def test_page_shows_the_figures_of_the_evaluation(run_folder):
     text = " ".join(read_page(run_folder / "report.html").text)
-    for words in ("open_channel", "0.480", "9.8 M", "I(domain; expert) = 0.82 nats", "sha256:5f5f"):
+    for words in (
+        "open_channel",
+        "0.480",
+        "9.8 M",
+        "Layer 1: purity 0.910, I / H 0.746, I 0.820 nats",
+        "Layer 0: collapse, expert 3",
+        "sha256:5f5f",
+        "0.980, 0.860, -",
+        "0.123",
+    ):
         assert words in text, words
     assert "metrics.jsonl: 1 broken line skipped." in text
 
@@ -189,7 +213,8 @@ def test_broken_files_are_named_and_the_rest_is_shown(tmp_path):
 
 
 def test_partial_evaluation_leaves_gaps_not_errors(tmp_path):
-    evaluation = {"domains": {"fwi": {"latent_mse": 0.1, "rollout": {"vrmse": {"1": 0.5, "2-5": None, "last": 0.7}}}}}
+    rollout = {"model": {"vrmse": {"1": 0.5, "2-20": None, "20": 0.7}}}
+    evaluation = {"domains": {"fwi": {"latent_mse": 0.1, "rollout": rollout}}}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "pretrain", "loss": NaN}\n')
     text = " ".join(read_page(write_report(tmp_path)).text)

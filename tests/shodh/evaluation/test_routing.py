@@ -3,11 +3,10 @@ import math
 import pytest
 import torch
 
-from shodh.evaluation.alarms import find_alarms, find_evaluation_alarms, find_metric_alarms
+from shodh.evaluation.alarms import find_evaluation_alarms, find_metric_alarms
 from shodh.evaluation.routing import (
     RoutingCounts,
     count_routing,
-    flip_rate,
     merge_counts,
     mutual_information,
     summarise,
@@ -67,7 +66,7 @@ def test_deterministic_routing_tells_all_of_the_domain():
     assert layer["dead_experts"] == [0]
     assert layer["effective_experts"] == pytest.approx(3, rel=1e-12)
     for name in NAMES:
-        assert summary["domains"][name]["purity"] == [1.0]
+        assert summary["domains"][name]["concentration"] == [1.0]
         assert summary["domains"][name]["entropy"] == [0.0]
 
 
@@ -77,7 +76,7 @@ def test_names_of_experts_do_not_matter():
     one, other = (summarise(count_routing([r], domain, 3), NAMES) for r in (routing, permuted))
     for key in ("mutual_information", "effective_experts"):
         assert one["layers"][0][key] == pytest.approx(other["layers"][0][key], rel=1e-12)
-    assert one["domains"]["fwi"]["purity"] == other["domains"]["fwi"]["purity"]
+    assert one["domains"]["fwi"]["concentration"] == other["domains"]["fwi"]["concentration"]
     assert one["domains"]["fwi"]["load"][0][0] == other["domains"]["fwi"]["load"][0][2]
 
 
@@ -111,23 +110,24 @@ def test_second_choices_count_in_the_load():
     assert summary["domains"]["open_channel"]["load"] == [[0.5, 0.5, 0.0]]
 
 
-def test_flip_rate_is_the_share_of_tokens_that_moved():
-    before, after = torch.zeros(8, dtype=torch.long), torch.tensor([0, 0, 0, 0, 0, 0, 1, 2])
-    assert flip_rate([route(before, 4), route(before, 4)], [route(before, 4), route(after, 4)]) == [0.0, 0.25]
+def routed(load: list[list[float]]) -> dict:
+    return {"routing": {"load": load, "choices_per_token": 1}}
 
 
 def test_alarms_name_collapse_starvation_and_death_but_not_specialisation():
     specialised = [[[0.98, 0.01, 0.01]], [[0.01, 0.98, 0.01]], [[0, 0.1, 0.9]]]
-    assert find_alarms({"domains": {name: {"load": load} for name, load in zip("abc", specialised, strict=True)}}) == []
-    collapsed = [[[0.2, 0.5, 0.3], [0.99, 0.01, 0.0]], [[0.4, 0.3, 0.3], [0.99, 0.01, 0.0]]]
-    alarms = find_alarms({"domains": {name: {"load": load} for name, load in zip("ab", collapsed, strict=True)}})
+    sound = {name: routed(load) for name, load in zip("abc", specialised, strict=True)}
+    assert find_evaluation_alarms({"domains": sound}) == []
+    poor = [0.01, 0.495, 0.495, 0.0]
+    ill = {name: routed([[0.2, 0.3, 0.3, 0.2], [0.99, 0.01, 0.0, 0.0], poor]) for name in "ab"}
+    alarms = find_evaluation_alarms({"domains": ill})
     assert [alarm.split(",")[0] for alarm in alarms] == [
         "Layer 1: collapse",
-        "Layer 1: expert 2 is dead",
-        "Layer 1: expert 1 is starved",
+        "Layer 2: expert 3 is dead",
+        "Layer 2: expert 0 is starved",
     ]
-    assert all("balance loss" in alarm for alarm in alarms)
-    assert find_alarms({"domains": {}}) == []
+    assert all("objective.balance_weight" in alarm for alarm in alarms)
+    assert find_evaluation_alarms({"domains": {}}) == []
 
 
 def test_evaluation_alarms_name_leaks_and_predictions_worse_than_persistence():

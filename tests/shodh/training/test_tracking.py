@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shodh.training.tracking import _open_for_appending
+from shodh.training.line_log import open_for_appending
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from shodh.training.tracking import _open_for_appending
 def test_a_torn_last_line_does_not_swallow_the_next(tmp_path, before, kept):
     path = tmp_path / "metrics.jsonl"
     path.write_text(before)
-    with _open_for_appending(path) as file:
+    with open_for_appending(path) as file:
         file.write('{"step": 9}\n')
     whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
     assert [json.loads(line)["step"] for line in whole] == [*kept, 9]
