@@ -32,7 +32,7 @@ from settings import Pretraining  # noqa: E402 - beside the launch scripts
 from shodh.config import load_config  # noqa: E402
 from shodh.evaluation.alarm_hook import RaiseAlarms  # noqa: E402
 from shodh.evaluation.telemetry import FLIP_INTERVAL, MeasureFlips, MeasureRouting  # noqa: E402
-from shodh.fields import PARAMETERS, LatentBatch  # noqa: E402
+from shodh.fields import CONDITIONS, LatentBatch  # noqa: E402
 from shodh.model.transformer import LatentTransformer  # noqa: E402
 from shodh.training.alarm_log import AlarmLog  # noqa: E402
 from shodh.training.engine import build_engine, distributed  # noqa: E402
@@ -132,7 +132,7 @@ def make_batch(config: Pretraining) -> LatentBatch:
     return LatentBatch(
         states=torch.randn(num, 3, config.model.latent_channels, *cells),
         medium=torch.randn(num, config.model.medium_channels, *cells),
-        parameters=torch.randn(num, len(PARAMETERS)),
+        parameters=torch.randn(num, len(CONDITIONS)),
         domain=torch.arange(num) % len(config.domains),
     )
 

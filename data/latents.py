@@ -80,7 +80,7 @@ class LatentStore:
         return split_trajectories(self.num_trajectories, self.header.num_test)[split]
 
     def parameters(self, trajectory: int) -> np.ndarray:
-        """float32 in the order of ``shodh.fields.PARAMETERS``."""
+        """float32 in the order of ``shodh.fields.CONDITIONS``."""
         return self._parameters[trajectory]
 
     def time(self, trajectory: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from data.chunks import ArrayLayout, ArrayReader, Factor, StoreError, read_attri
 from data.digests import read_digest, read_digests
 from data.layout import Split, StoreHeader, check, field_arrays, parse_header, split_trajectories
 from shodh.config import ConfigError
-from shodh.fields import PARAMETERS, DomainSpec
+from shodh.fields import CONDITIONS, PARAMETERS, DomainSpec
 
 
 class Store:
@@ -51,7 +51,7 @@ class Store:
         return split_trajectories(self.num_trajectories, self.plan.num_test)[split]
 
     def parameters(self, trajectory: int) -> np.ndarray:
-        """float32 in the order of ``shodh.fields.PARAMETERS``; 0 for those that the domain does not have."""
+        """float32 in the order of ``shodh.fields.CONDITIONS``; 0 for those that the domain does not have."""
         return self._parameters[trajectory]
 
     def time(self, trajectory: int) -> np.ndarray:
@@ -145,11 +145,12 @@ def open_arrays(folder: Path, arrays: Mapping[str, ArrayLayout]) -> dict[str, Ar
 
 
 def read_parameters(readers: Mapping[str, ArrayReader], num_trajectories: int, domain: DomainSpec) -> np.ndarray:
-    """float32 (trajectory, q) in the order of ``shodh.fields.PARAMETERS``; 0 where the domain has none."""
-    columns = np.zeros((num_trajectories, len(PARAMETERS)), np.float32)
+    """float32 (trajectory, q) in the order of ``shodh.fields.CONDITIONS``; 0 where the domain has none."""
+    columns = np.zeros((num_trajectories, len(CONDITIONS)), np.float32)
     for q, name in enumerate(PARAMETERS):
         if name in domain.parameters:
             columns[:, q] = readers[name].read()
+    columns[:, len(PARAMETERS) :] = [kind == "periodic" for kind in domain.boundary]
     return columns
 
 

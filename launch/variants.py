@@ -10,6 +10,8 @@ oracle            the mixture, every domain sent to an expert of its own; expert
 hash              the mixture, tokens sent by a fixed random draw of their place
 top2, top4        k = 2 and 4 of 2E and 4E experts of h / 2 and h / 4: as many parameters, active and in all
 pair              open_channel and porous_media alone, E = 2: the setting of the paper
+
+Routers and linear experts, one of which each expert has, are not counted: they are some percent of the parameters.
 """
 
 import dataclasses

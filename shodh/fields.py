@@ -28,6 +28,10 @@ Spacing = float | tuple[float, ...]  # one width for all cells along an axis, or
 # parameter leaves it 0. Nondimensional by the domain's own scales, see the data cards.
 PARAMETERS = ("dt", "viscosity", "frequency", "porosity", "diffusivity")
 
+# What a model is told of a sample beside its states and medium: the physical parameters, 0 where there is none such,
+# and for each axis whether the box repeats itself (1) or ends there (0).
+CONDITIONS = (*PARAMETERS, "periodic_x", "periodic_y", "periodic_z")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shodh.evaluation.alarm_hook import RaiseAlarms
 from shodh.evaluation.telemetry import MeasureRouting
-from shodh.fields import PARAMETERS, LatentBatch
+from shodh.fields import CONDITIONS, LatentBatch
 from shodh.model.router import SemanticRouter
 from shodh.model.transformer import Block, LatentTransformer, TransformerConfig
 from shodh.training.alarm_log import FILE, AlarmLog
@@ -102,7 +102,7 @@ def draw(run: LiveRun, first_step: int) -> Generator[LatentBatch, None, None]:
     while True:
         generator = torch.Generator().manual_seed(100_003 * run.seed + step)
         states = torch.stack([draw_states(int(g), generator) for g in domain])
-        parameters = (domain[:, None] + torch.zeros(len(PARAMETERS))).float()
+        parameters = (domain[:, None] + torch.zeros(len(CONDITIONS))).float()
         yield LatentBatch(states, states[:, 0, :1].clone(), parameters, domain)
         step += 1
 

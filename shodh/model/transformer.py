@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shodh.fields import PARAMETERS, Routing
+from shodh.fields import CONDITIONS, PARAMETERS, Routing
 from shodh.model.attention import Attention
 from shodh.model.embedding import from_tokens, rotary_angles, to_tokens
 from shodh.model.experts import SharedExpert, StackedExperts
 from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
+from shodh.model.stencil import StencilExperts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +103,15 @@ class LatentTransformer(nn.Module):
         cells = config.patch**3
         self.embed = nn.Linear((2 * config.latent_channels + config.medium_channels) * cells, config.width)
         self.condition = nn.Sequential(
-            nn.Linear(len(PARAMETERS), config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+            nn.Linear(len(CONDITIONS), config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.out = nn.Linear(config.width, config.latent_channels * cells)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        channels = config.latent_channels
+        self.stencil = StencilExperts(config.num_experts, 2 * channels + config.medium_channels, channels)
 
     def forward(
         self,
@@ -119,7 +122,8 @@ class LatentTransformer(nn.Module):
     ) -> Forecast:
         """The state one snapshot interval after ``current``; ``previous`` lies one interval before it."""
         patch, grid = self.config.patch, (current.shape[2], current.shape[3], current.shape[4])
-        tokens = self.embed(to_tokens(torch.cat([current, current - previous, medium], 1), patch))
+        fields = torch.cat([current, current - previous, medium], 1)
+        tokens = self.embed(to_tokens(fields, patch))
         condition = functional.silu(self.condition(parameters))
         x, y, z = (size // patch for size in grid)
         angles = rotary_angles((x, y, z), self.config.width // self.config.num_heads, current.device)
@@ -127,12 +131,24 @@ class LatentTransformer(nn.Module):
         for block in self.blocks:
             tokens, routing = block(tokens, condition, angles)
             routings.append(routing)
-        residual = from_tokens(self.out(self.norm(tokens)), grid, patch)
-        return Forecast(current + residual.to(current.dtype), tuple(routings))
+        change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(previous, current)
+        change = change + self.stencil(fields, parameters[:, len(PARAMETERS) :], routings[-1], patch)
+        return Forecast(current + change.to(current.dtype), tuple(routings))
+
+
+def change_scale(
+    previous: Float[Tensor, "b c x y z"], current: Float[Tensor, "b c x y z"]
+) -> Float[Tensor, "b 1 1 1 1"]:
+    """How much a sample may be expected to change: by as much as it just did, and by a tenth of what it is.
+
+    Between a flow's turning points and its full swing changes differ tenfold, which normalised features do not show.
+    """
+    last, state = (reduce(v.float() ** 2, "b c x y z -> b 1 1 1 1", "mean") for v in (current - previous, current))
+    return (last + 0.01 * state + 1e-6).sqrt()
 
 
 def count_parameters(model: LatentTransformer) -> tuple[int, int]:
     """Parameters in all, and those that one token passes."""
     total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".routed." in name)
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".routed." in name or ".kernels." in name)
     return total, total - routed + routed * model.config.top_k // model.config.num_experts

@@ -22,7 +22,7 @@ from hard_pairs_plot import ExpertMaps, plot_maps  # noqa: E402
 from random_store import write_random_store  # noqa: E402
 
 from data.simulate import porous_media  # noqa: E402
-from shodh.fields import PARAMETERS, Routing  # noqa: E402
+from shodh.fields import CONDITIONS, PARAMETERS, Routing  # noqa: E402
 from tokenizer.autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from tokenizer.export import save_tokenizer  # noqa: E402
 
@@ -38,7 +38,7 @@ class Told:
     """What a member's latents say of its trajectories: the viscosity alternates, all else is 0."""
 
     def parameters(self, trajectory: int) -> np.ndarray:
-        values = np.zeros(len(PARAMETERS), np.float32)
+        values = np.zeros(len(CONDITIONS), np.float32)
         values[PARAMETERS.index("viscosity")] = 0.01 * (1 + trajectory % 2)
         return values
 

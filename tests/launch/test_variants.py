@@ -29,8 +29,11 @@ def count_of_feed_forward(model: LatentTransformer) -> tuple[int, int]:
     return shared + routed, shared + routed * model.config.top_k // model.config.num_experts
 
 
-def count_of_routers(model: LatentTransformer) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+def count_of_selection(model: LatentTransformer) -> tuple[int, int]:
+    """Parameters of the routers and of the linear experts, of which each expert has one."""
+    routers = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+    kernels = sum(p.numel() for name, p in model.named_parameters() if ".kernels." in name)
+    return routers + kernels, routers + kernels * model.config.top_k // model.config.num_experts
 
 
 @pytest.mark.parametrize(
@@ -45,12 +48,12 @@ def count_of_routers(model: LatentTransformer) -> int:
         ("pair", ["active"]),
     ],
 )
-def test_variants_equal_shodh_in_parameters_but_for_their_routers(config, variant, equal):
+def test_variants_equal_shodh_in_parameters_but_for_routers_and_linear_experts(config, variant, equal):
     ours, theirs = build(config, "shodh"), build(config, variant)
     for number, name in enumerate(("total", "active")):
         assert (count_of_feed_forward(ours)[number] == count_of_feed_forward(theirs)[number]) == (name in equal)
-        without_routers = [count_parameters(m)[number] - count_of_routers(m) for m in (ours, theirs)]
-        assert (without_routers[0] == without_routers[1]) == (name in equal)
+        without = [count_parameters(m)[number] - count_of_selection(m)[number] for m in (ours, theirs)]
+        assert (without[0] == without[1]) == (name in equal)
 
 
 def test_a_dense_model_routes_nothing(config):

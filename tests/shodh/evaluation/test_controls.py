@@ -5,7 +5,7 @@ import torch
 
 from shodh.config import ConfigError
 from shodh.evaluation.controls import DomainRecogniser, HashRouter, route_by_domain, route_by_hash
-from shodh.fields import PARAMETERS, DomainSpec, FieldSpec
+from shodh.fields import CONDITIONS, PARAMETERS, DomainSpec, FieldSpec
 from shodh.model.router import SemanticRouter
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 
@@ -32,7 +32,7 @@ DOMAINS = [domain("a", "dt"), domain("b", "dt", "viscosity"), domain("c", "dt", 
 
 def inputs(kinds: list[int]) -> tuple[torch.Tensor, ...]:
     """Random states of samples of these domains."""
-    parameters = torch.zeros(len(kinds), len(PARAMETERS))
+    parameters = torch.zeros(len(kinds), len(CONDITIONS))
     for row, kind in zip(parameters, kinds, strict=True):
         for name in DOMAINS[kind].parameters:
             row[PARAMETERS.index(name)] = torch.rand(()) + 0.1

@@ -10,7 +10,7 @@ from conftest import make_domain
 from shodh.evaluation.held_out import HeldOutDomain
 from shodh.evaluation.rollout import TrueTrajectory
 from shodh.evaluation.skill import average_guesses, measure_skill
-from shodh.fields import PARAMETERS, DecodedFields, Grid, Routing
+from shodh.fields import CONDITIONS, DecodedFields, Grid, Routing
 from shodh.physics.spectra import vrmse
 
 SIZE, CHANNELS = 4, 3
@@ -24,7 +24,7 @@ def make_held_out(num_states: int, num_trajectories: int = 2) -> HeldOutDomain:
     for _ in range(num_trajectories):
         growth = 1.1 ** torch.arange(num_states).reshape(-1, 1, 1, 1, 1)
         latents = torch.randn(1, CHANNELS, *shape) * growth
-        still, told = torch.zeros(2, *shape), torch.ones(len(PARAMETERS))
+        still, told = torch.zeros(2, *shape), torch.ones(len(CONDITIONS))
         trajectories.append(TrueTrajectory(latents, still, told, latents, latents[:, :1]))
     return HeldOutDomain(
         domain=domain,

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from shodh.fields import PARAMETERS, LatentBatch
+from shodh.fields import CONDITIONS, LatentBatch
 from shodh.model.embedding import from_tokens, rotary_angles, rotate, to_tokens
 from shodh.model.transformer import LatentTransformer, TransformerConfig, count_parameters
 
@@ -16,7 +16,7 @@ SMALL = TransformerConfig(
 
 def make_batch(num: int = 6, n: int = 4) -> LatentBatch:
     states = torch.randn(num, 3, 4, n, n, n)
-    return LatentBatch(states, torch.randn(num, 2, n, n, n), torch.rand(num, len(PARAMETERS)), torch.arange(num) % 3)
+    return LatentBatch(states, torch.randn(num, 2, n, n, n), torch.rand(num, len(CONDITIONS)), torch.arange(num) % 3)
 
 
 def make_model(config: TransformerConfig = SMALL) -> LatentTransformer:
@@ -77,7 +77,8 @@ def test_rotary_scores_depend_on_relative_position_only():
 def test_active_parameters_count_one_expert_of_each_layer():
     total, active = count_parameters(make_model())
     expert = 3 * SMALL.width * SMALL.hidden
-    assert total - active == SMALL.depth * (SMALL.num_experts - SMALL.top_k) * expert
+    kernel = 27 * (2 * SMALL.latent_channels + SMALL.medium_channels) * SMALL.latent_channels
+    assert total - active == (SMALL.num_experts - SMALL.top_k) * (SMALL.depth * expert + kernel)
 
 
 def test_patch_that_does_not_divide_the_grid_is_refused():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from shodh.fields import PARAMETERS, LatentBatch
+from shodh.fields import CONDITIONS, LatentBatch
 from shodh.model.transformer import Forecast, LatentTransformer, TransformerConfig
 from shodh.training.objectives import ForecastConfig, ForecastObjective, relative_errors
 
@@ -49,7 +49,7 @@ class Spy:
 
 def make_batch(num_states: int) -> LatentBatch:
     states = torch.arange(num_states).float().reshape(1, -1, 1, 1, 1, 1).expand(6, num_states, 4, 4, 4, 4)
-    return LatentBatch(states, torch.zeros(6, 2, 4, 4, 4), torch.zeros(6, len(PARAMETERS)), torch.zeros(6).long())
+    return LatentBatch(states, torch.zeros(6, 2, 4, 4, 4), torch.zeros(6, len(CONDITIONS)), torch.zeros(6).long())
 
 
 def predictions(unroll: int, step: int) -> Iterator[float]:
