@@ -3,6 +3,8 @@
 # make check      lint, types, tests
 # make faults     hundreds of damaged stores and sources, none of which may be read silently
 # make exactness  divergence of thousands of decodes, which must be exactly 0
+# make transfer   joint training against solo, dense, oracle and hash models over three seeds (SIZE=debug: minutes)
+# make pairs      does the router tell apart two Reynolds numbers, two rocks, or places within one field
 # make ladder     three tokenizers of different rates against the best linear codes: an hour of CPU each
 # make benchmarks reading and a training step with it against what is fastest elsewhere; what the tokenizer's parts cost
 # Every step of `make pretrain` continues where it stopped or says that it is done.
@@ -21,7 +23,7 @@ export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
 endif
 
-.PHONY: setup pretrain test test-slow faults exactness ladder benchmarks lint check clean
+.PHONY: setup pretrain transfer pairs test test-slow faults exactness ladder benchmarks lint check clean
 
 setup: .venv/installed
 
@@ -36,6 +38,19 @@ pretrain: setup
 	$(BIN)/python launch/cache_latents.py configs/cache_latents/$(SIZE).yaml
 	$(DEEPSPEED) launch/pretrain.py configs/pretrain/$(SIZE).yaml
 	$(BIN)/python launch/evaluate_model.py configs/evaluate_model/$(SIZE).yaml
+
+TRANSFER := $(if $(filter debug,$(SIZE)),debug,transfer)
+
+transfer: setup
+	$(BIN)/python launch/generate_data.py configs/generate_data/$(TRANSFER).yaml
+	$(DEEPSPEED) launch/train_tokenizer.py configs/train_tokenizer/$(TRANSFER).yaml
+	$(BIN)/python launch/cache_latents.py configs/cache_latents/$(TRANSFER).yaml
+	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml
+
+pairs: setup
+	for kind in slow fast blobs spheres; do \
+	    $(BIN)/python launch/generate_data.py configs/generate_data/hard_pairs_$$kind.yaml || exit 1; done
+	$(BIN)/python benchmarks/hard_pairs.py --plot docs/hard_pairs.png
 
 test: setup
 	$(BIN)/python -m pytest
@@ -56,6 +71,7 @@ ladder: setup
 benchmarks: setup
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/tokenizer.py
+	$(BIN)/python benchmarks/telemetry.py
 
 lint: setup
 	$(BIN)/ruff check --output-format concise .
