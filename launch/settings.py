@@ -97,8 +97,20 @@ class Evaluation:
 
 
 Variant = Literal[
-    "shodh", "solo", "dense_flops", "dense_parameters", "oracle", "hash", "top2", "top4", "pair"
+    "shodh",
+    "solo",
+    "solo_dense",
+    "dense_flops",
+    "dense_parameters",
+    "oracle",
+    "hash",
+    "untold",
+    "free",
+    "top2",
+    "top4",
+    "pair",
 ]  # see launch/variants.py
+PER_DOMAIN = ("solo", "solo_dense")  # variants with a model for each domain
 PAIR = ("open_channel", "porous_media")  # the domains of the variant ``pair``
 
 
@@ -134,8 +146,9 @@ class TransferMeasurement:
                 f"engine.batch_size={self.engine.batch_size}: {len(self.domains)} domains do not divide it, so no solo "
                 "model could see what the joint one sees. Choose a multiple."
             )
-        if self.model.top_k != 1 or self.model.expert_hidden is not None:
-            raise ValueError("model: top_k and expert_hidden are what variants change. Leave them out.")
+        for name, usual in (("top_k", 1), ("expert_hidden", None), ("num_kernels", None), ("told", True)):
+            if getattr(self.model, name) != usual:
+                raise ValueError(f"model.{name}: is what variants change. Leave it out.")
         if self.model.hidden % 4 and {"top2", "top4"} & set(self.variants):
             raise ValueError(f"model.hidden={self.model.hidden}: not a multiple of 4, which top4 divides it by.")
         if "pair" in self.variants and not set(PAIR) <= set(self.domains):

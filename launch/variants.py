@@ -3,27 +3,33 @@
 At equal data, steps and tokens. B is engine.batch_size, E model.num_experts, h model.hidden:
 
 shodh             the mixture of the config, all domains jointly
-solo              the same architecture on one domain, B / domains samples a step: those that shodh sees of the domain
+solo              the same architecture on one domain, B / domains samples a step: those that shodh sees of the domain;
+                  without the information loss, as there is nothing to tell apart
+solo_dense        the same without routing, as dense_flops
 dense_flops       no routing, as many active parameters: one expert of h that every token passes, beside the shared one
 dense_parameters  no routing, as many parameters in all: one expert of E h
 oracle            the mixture, every domain sent to an expert of its own; experts beyond one per domain are left out
 hash              the mixture, tokens sent by a fixed random draw of their place
-top2, top4        k = 2 and 4 of 2E and 4E experts of h / 2 and h / 4: as many parameters, active and in all
+untold            the mixture, to whose norms and routers no physical parameter or boundary is told
+free              the mixture without the information loss
+top2, top4        free with k = 2 and 4 of 2E and 4E experts of h / 2 and h / 4: as many parameters, active and in all
 pair              open_channel and porous_media alone, E = 2: the setting of the paper
 
-Routers and linear experts, one of which each expert has, are not counted: they are some percent of the parameters.
+Routers and linear experts are not counted: they are some percent of the parameters. Dense models have one linear
+expert, all others E.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from settings import PAIR, Pretraining, TransferMeasurement, Variant, identity_of
+from settings import PAIR, PER_DOMAIN, Pretraining, TransferMeasurement, Variant, identity_of
 
 from data.latents import LatentStore
 from shodh.evaluation.controls import route_by_domain, route_by_hash
 from shodh.fields import DomainSpec
 from shodh.model.transformer import LatentTransformer, TransformerConfig
+from shodh.training.objectives import ForecastConfig
 from shodh.training.tracking import TrackingConfig
 
 MEASUREMENT = 1  # raised whenever results measured before are no longer comparable
@@ -48,7 +54,7 @@ def list_jobs(config: TransferMeasurement) -> list[Job]:
         Job(variant, seed, domain)
         for seed in config.seeds
         for variant in config.variants
-        for domain in (config.domains if variant == "solo" else (None,))
+        for domain in (config.domains if variant in PER_DOMAIN else (None,))
     ]
     return sorted(jobs, key=lambda job: (-estimate_cost(config, job), job.seed))
 
@@ -70,7 +76,7 @@ def set_job(config: TransferMeasurement, job: Job) -> Pretraining:
         tokenizer=config.tokenizer,
         run=config.run / job.name,
         model=_change_model(config.model, job.variant, len(domains)),
-        objective=config.objective,
+        objective=_change_objective(config.objective, job.variant),
         engine=dataclasses.replace(config.engine, batch_size=share * len(domains)),
         loop=dataclasses.replace(config.loop, seed=job.seed),
         tracking=TrackingConfig(wandb="disabled", interval=config.record_interval),
@@ -101,12 +107,19 @@ def _choose_domains(config: TransferMeasurement, job: Job) -> tuple[str, ...]:
 
 def _change_model(model: TransformerConfig, variant: Variant, num_domains: int) -> TransformerConfig:
     num, hidden = model.num_experts, model.hidden
-    changes: dict[Variant, dict[str, int]] = {
+    changes: dict[Variant, dict[str, int | bool]] = {
+        "solo_dense": {"num_experts": 1},
         "dense_flops": {"num_experts": 1},
         "dense_parameters": {"num_experts": 1, "expert_hidden": num * hidden},
         "oracle": {"num_experts": num_domains},
-        "top2": {"num_experts": 2 * num, "top_k": 2, "expert_hidden": hidden // 2},
-        "top4": {"num_experts": 4 * num, "top_k": 4, "expert_hidden": hidden // 4},
+        "top2": {"num_experts": 2 * num, "top_k": 2, "expert_hidden": hidden // 2, "num_kernels": num},
+        "top4": {"num_experts": 4 * num, "top_k": 4, "expert_hidden": hidden // 4, "num_kernels": num},
+        "untold": {"told": False},
         "pair": {"num_experts": num_domains},
     }
     return dataclasses.replace(model, **changes.get(variant, {}))
+
+
+def _change_objective(objective: ForecastConfig, variant: Variant) -> ForecastConfig:
+    alone = variant in (*PER_DOMAIN, "free", "top2", "top4")
+    return dataclasses.replace(objective, information_weight=0.0) if alone else objective

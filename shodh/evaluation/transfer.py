@@ -25,8 +25,8 @@ METRICS = {  # errors, as they are named in a result
     "21-60": "rollout velocity VRMSE, steps 21-60",
 }
 LOSS = "latent_mse_over_persistence"  # what the verdicts are first about: the joint loss, domain by domain
-REFERENCES = ("solo", "dense_flops", "dense_parameters", "oracle")  # that shodh must not be worse than
-LEARNED = ("shodh", "pair", "top2", "top4")  # variants whose router learns
+REFERENCES = ("solo", "solo_dense", "dense_flops", "dense_parameters", "oracle")  # that shodh must not be worse than
+LEARNED = ("shodh", "pair", "untold", "free", "top2", "top4")  # variants whose router learns
 
 Result = Mapping[str, Any]  # one job's result.json
 
@@ -195,5 +195,5 @@ def _describe_size(results: Sequence[Result], variant: str) -> dict[str, Any]:
 
 def _in_order(names: Sequence[str]) -> list[str]:
     """Each once: the known variants first as they are told, else as they come."""
-    order = ["solo", "shodh", "dense_flops", "dense_parameters", "oracle", "hash", "top2", "top4", "pair"]
+    order = ["solo", "solo_dense", "shodh", "dense_flops", "dense_parameters", "oracle", "hash", *LEARNED[2:], "pair"]
     return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else -1)

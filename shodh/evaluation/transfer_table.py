@@ -8,13 +8,14 @@ from shodh.evaluation.transfer import LOSS, METRICS
 
 NAMES = {
     "solo": "the solo models",
+    "solo_dense": "the dense solo models",
     "dense_flops": "the dense model of equal active parameters",
     "dense_parameters": "the dense model of equal parameters",
     "oracle": "the oracle router",
 }
 WORDS = {
     "better": "better: its whole interval lies below 0",
-    "equal": "equal within the seeds' interval",
+    "equal": "not distinguishable: 0 lies within the seeds' interval",
     "worse": "WORSE: its whole interval lies above 0",
     "diverged": "WORSE: its rollouts did not stay finite",
     "not measured": "not measured",
@@ -53,19 +54,27 @@ def _format_verdicts(summary: Mapping[str, Any]) -> Iterable[str]:
     if not summary["shodh_over"]:
         yield "Not measured: it takes the variant shodh and one of " + ", ".join(NAMES) + "."
     for reference, domains in summary["shodh_over"].items():
-        lost = [name for name, metrics in domains.items() if not metrics[LOSS]["holds"]]
-        if not domains:
-            verdict = "not measured"
-        elif lost:
-            verdict = f"**does not hold: Shodh is worse on {', '.join(lost)}**"
-        else:
-            verdict = "**holds on every domain**"
+        verdict = _format_verdict({name: metrics[LOSS] for name, metrics in domains.items()})
         lines = [f"Joint loss (one-step latent error) no worse than that of {NAMES[reference]}: {verdict}.", ""]
         for name, metrics in domains.items():
             for metric, comparison in metrics.items():
                 words = WORDS.get(comparison["verdict"], comparison["verdict"])
                 lines.append(f"- {name}, {METRICS[metric]}: {format_comparison(comparison)}, {words}")
         yield "\n".join(lines)
+
+
+def _format_verdict(losses: Mapping[str, Mapping[str, Any]]) -> str:
+    """One sentence's end: where it fails, where nothing can be said, and where the mean itself is above 0."""
+    unknown = [name for name, found in losses.items() if found["verdict"] == "not measured"]
+    worse = [name for name, found in losses.items() if not found["holds"] and name not in unknown]
+    above = [name for name, found in losses.items() if found["holds"] and found["mean"] > 0]
+    if worse:
+        return f"**does not hold: Shodh is worse on {', '.join(worse)}**"
+    if unknown or not losses:
+        return f"not measured on {', '.join(unknown) or 'any domain'}"
+    if above:
+        return f"**holds on every domain**, though the mean over seeds lies above on {', '.join(above)}"
+    return "**holds on every domain**, in the mean too"
 
 
 def _format_differences(summary: Mapping[str, Any]) -> Iterable[str]:

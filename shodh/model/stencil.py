@@ -1,7 +1,7 @@
 """Linear experts: what of the next latent state is a linear function of the two states around a cell."""
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,16 +13,16 @@ GAIN = 0.1
 
 
 class StencilExperts(nn.Module):
-    """One 3x3x3 convolution per expert, begun at zero; a token's experts, weighted by their gates, forecast its cells.
+    """3x3x3 convolutions, begun at zero; those of a token's experts, weighted by their gates, forecast its cells.
 
     A transformer reads tokens through normalised features, which blurs how large they are; convection and waves are
     linear in just that. Neighbours beyond the box are those of the other side where the axis is periodic, else zero.
-    Always FP32.
+    Always FP32. Where there are fewer kernels than experts, as many successive experts share each.
     """
 
-    def __init__(self, num_experts: int, in_channels: int, out_channels: int) -> None:
+    def __init__(self, num_kernels: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        kernels = [torch.zeros(out_channels, in_channels * 27) for _ in range(num_experts)]
+        kernels = [torch.zeros(out_channels, in_channels * 27) for _ in range(num_kernels)]
         self.kernels = nn.ParameterList([nn.Parameter(kernel) for kernel in kernels])  # matrices, for Muon
 
     def forward(
@@ -38,6 +38,7 @@ class StencilExperts(nn.Module):
             every = functional.conv3d(surround(fields.float(), periodic.float()), kernel)
             gate = routing.gate.detach()  # the router is taught by the layers alone: kernels would rather be mixed
             share = torch.zeros_like(routing.probability).scatter(-1, routing.expert, gate)
+            share = reduce(share, "n (e several) -> n e", "sum", e=len(self.kernels))
             x, y, z = (size // patch for size in fields.shape[-3:])
             share = repeat(share, "(b x y z) e -> b e (x i) (y j) (z k)", x=x, y=y, z=z, i=patch, j=patch, k=patch)
             every = rearrange(every, "b (e c) x y z -> b e c x y z", e=len(self.kernels))

@@ -31,6 +31,8 @@ class TransformerConfig:
     num_experts: int = 8
     top_k: int = 1
     hidden: int = 384  # of the shared expert and, unless they have a size of their own, of each routed one
+    num_kernels: int | None = None  # linear experts, each of as many successive experts; default: one of each
+    told: bool = True  # whether parameters and boundary conditions modulate the tokens; kernels know the latter always
     expert_hidden: int | None = None  # of each routed expert; None: as the shared one
     semantic_width: int = 32
     temperature: float = 0.1
@@ -56,6 +58,8 @@ class TransformerConfig:
             )
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k}: must lie between 1 and num_experts={self.num_experts}.")
+        if self.num_kernels is not None and (self.num_kernels < 1 or self.num_experts % self.num_kernels):
+            raise ValueError(f"num_kernels={self.num_kernels}: does not divide num_experts={self.num_experts}.")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature}: must be positive.")
 
@@ -111,7 +115,8 @@ class LatentTransformer(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         channels = config.latent_channels
-        self.stencil = StencilExperts(config.num_experts, 2 * channels + config.medium_channels, channels)
+        num_kernels = config.num_kernels or config.num_experts
+        self.stencil = StencilExperts(num_kernels, 2 * channels + config.medium_channels, channels)
 
     def forward(
         self,
@@ -124,7 +129,8 @@ class LatentTransformer(nn.Module):
         patch, grid = self.config.patch, (current.shape[2], current.shape[3], current.shape[4])
         fields = torch.cat([current, current - previous, medium], 1)
         tokens = self.embed(to_tokens(fields, patch))
-        condition = functional.silu(self.condition(parameters))
+        told = parameters if self.config.told else torch.zeros_like(parameters)
+        condition = functional.silu(self.condition(told))
         x, y, z = (size // patch for size in grid)
         angles = rotary_angles((x, y, z), self.config.width // self.config.num_heads, current.device)
         routings = []
@@ -148,7 +154,7 @@ def change_scale(
 
 
 def count_parameters(model: LatentTransformer) -> tuple[int, int]:
-    """Parameters in all, and those that one token passes."""
+    """Parameters in all, and those that one token passes; all kernels are applied to all cells before one is chosen."""
     total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".routed." in name or ".kernels." in name)
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".routed." in name)
     return total, total - routed + routed * model.config.top_k // model.config.num_experts

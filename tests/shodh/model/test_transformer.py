@@ -77,8 +77,7 @@ def test_rotary_scores_depend_on_relative_position_only():
 def test_active_parameters_count_one_expert_of_each_layer():
     total, active = count_parameters(make_model())
     expert = 3 * SMALL.width * SMALL.hidden
-    kernel = 27 * (2 * SMALL.latent_channels + SMALL.medium_channels) * SMALL.latent_channels
-    assert total - active == (SMALL.num_experts - SMALL.top_k) * (SMALL.depth * expert + kernel)
+    assert total - active == (SMALL.num_experts - SMALL.top_k) * SMALL.depth * expert
 
 
 def test_patch_that_does_not_divide_the_grid_is_refused():
