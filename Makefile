@@ -48,6 +48,7 @@ transfer: setup
 	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml
 
 pairs: setup
+	test -f runs/quickstart/tokenizer.safetensors || $(MAKE) pretrain SIZE=quickstart
 	for kind in slow fast blobs spheres; do \
 	    $(BIN)/python launch/generate_data.py configs/generate_data/hard_pairs_$$kind.yaml || exit 1; done
 	$(BIN)/python benchmarks/hard_pairs.py --plot docs/hard_pairs.png

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.latents import LatentStore
+from shodh.evaluation.rollout import join_successive
 from shodh.evaluation.routing import (
     RoutingCounts,
     count_routing,
@@ -55,12 +56,13 @@ def visit_held_out(model: LatentTransformer, pair: Pair) -> list[Visit]:
     visits = []
     for member, latents in enumerate(pair.latents):
         for i in latents.trajectories("test"):
-            batch = _all_states(latents, i)
+            batch = _all_states(latents, i).to(next(model.parameters()).device)
             forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
             change = batch.following - batch.current
             error = relative_errors(forecast.latent - batch.following, change, floor=0.0)["data"]
-            size = reduce(change**2, "t c x y z -> t", "mean")
-            visits.append(Visit(member, i, forecast.routings, size, error.item()))
+            size = reduce(change**2, "t c x y z -> t", "mean").cpu()
+            routings = tuple(Routing(*(value.cpu() for value in routing)) for routing in forecast.routings)
+            visits.append(Visit(member, i, routings, size, error.item()))
     return visits
 
 
@@ -124,14 +126,8 @@ def measure_places(visits: Sequence[Visit], kinds: Mapping[str, Sequence[TokenCl
 
 def _all_states(latents: LatentStore, trajectory: int) -> LatentBatch:
     whole = torch.stack([torch.from_numpy(latents.latent(trajectory, t)) for t in range(latents.num_snapshots)])
-    num = len(whole) - 2
     medium, parameters = (torch.from_numpy(part(trajectory)) for part in (latents.medium, latents.parameters))
-    return LatentBatch(
-        torch.stack([whole[:-2], whole[1:-1], whole[2:]], 1),
-        medium.expand(num, *medium.shape),
-        parameters.expand(num, *parameters.shape),
-        torch.zeros(num, dtype=torch.long),
-    )
+    return join_successive(whole, medium, parameters, index=0)
 
 
 def _information(counts: RoutingCounts) -> Float[Tensor, "layer"]:

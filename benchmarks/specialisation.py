@@ -21,7 +21,8 @@ from shodh.evaluation.transfer import list_specialisation, read_results
 LEAST_PURITY = 0.99
 LEAST_INFORMATION = 0.95
 LEAST_SEEDS = 3
-VARIANTS = ("pair", "shodh")
+SETTINGS = {"pair": (2, 2), "shodh": (3, 4)}  # domains and experts
+VARIANTS = tuple(SETTINGS)
 
 Row = Mapping[str, Any]
 
@@ -31,16 +32,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--run", type=Path, default=Path("runs/transfer"), help="folder of the models' folders")
     options = parser.parse_args(arguments)
     results = read_results(options.run)
-    require_balanced(results)
+    require_the_setting(results)
     return report("specialisation", judge(list_specialisation(results, VARIANTS)))
 
 
-def require_balanced(results: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError where a model was trained without balance: what it shows is not what is claimed."""
+def require_the_setting(results: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where a model was trained without the balance loss, or on other domains or experts than is claimed."""
     for result in results:
-        objective = result["identity"]["objective"]
-        if result["job"]["variant"] in VARIANTS and not (objective["balance_weight"] or objective["bias_rate"]):
-            raise ValueError(f"{result['job']}: was trained without balance. Set objective.balance_weight.")
+        variant, identity = result["job"]["variant"], result["identity"]
+        if variant not in VARIANTS:
+            continue
+        if not identity["objective"]["balance_weight"]:
+            raise ValueError(f"{result['job']}: was trained without the balance loss. Set objective.balance_weight.")
+        wanted, found = SETTINGS[variant], (len(identity["domains"]), identity["model"]["num_experts"])
+        if found != wanted:
+            raise ValueError(f"{result['job']}: has {found} domains and experts. Measure with {wanted}.")
 
 
 def judge(rows: Sequence[Row]) -> list[Figure]:

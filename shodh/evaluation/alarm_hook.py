@@ -12,7 +12,7 @@ from shodh.evaluation.telemetry import MeasureRouting, StepRouting
 from shodh.training.alarm_log import Alarm, AlarmLog
 from shodh.training.loop import StepRecord
 
-WINDOW = 20  # measured steps judged together: a lasting collapse fills it well within 50 steps
+WINDOW = 20  # steps judged together: a lasting collapse fills it well within 50 steps
 NUM_WINDOWS = 5  # judged together for starvation: the balance loss takes tens of steps to bring an expert back
 
 SKIPPED = (
@@ -31,7 +31,7 @@ class Standing(NamedTuple):
 class RaiseAlarms:
     """Hook after ``MeasureRouting``: says once, on rank 0, that a layer collapses, experts starve or ranks differ.
 
-    A collapse is looked for in the mean of the last ``WINDOW`` measured steps, starvation after every ``WINDOW`` steps
+    A collapse is looked for in the mean of the last ``WINDOW`` steps, starvation after every ``WINDOW`` steps
     in the last ``NUM_WINDOWS`` of them, since experts come and go for tens of steps in sound runs. An alarm is cleared
     when it has not been found for ``WINDOW`` steps. The first ``settle`` steps are not judged: while the learning rate
     warms up, loads are what random weights make them. Adds the scalar ``alarms``, the number that stand.
@@ -91,7 +91,7 @@ class RaiseAlarms:
     def _clear_old(self, found: Sequence[Alarm], step: int) -> None:
         collapsed = {alarm.layer for alarm in found if alarm.kind == "collapse"}  # its starved experts are not named
         for key, stands in list(self.standing.items()):
-            if key[1] not in collapsed and step - stands.last_seen >= WINDOW * self.routing.interval:
+            if key[1] not in collapsed and step - stands.last_seen >= WINDOW:
                 self.log.write("cleared", step, stands.alarm)
                 del self.standing[key]
 

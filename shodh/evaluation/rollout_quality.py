@@ -112,9 +112,8 @@ def summarise_rollouts(trajectories: Sequence[dict[str, Any]]) -> dict[str, Any]
     """Means over a domain's trajectories as JSON holds them, per forecaster, quantity and span of steps.
 
     ``vrmse`` and ``vrmse_pressure`` (also ``..._per_step``, None where none is measured): steps at which the true field
-    is silent, such as a wave
-    that has not started, enter no mean. ``energy_drift``: predicted over true kinetic energy less 1, and
-    ``octave_energy_ratio``: predicted over true energy per octave of wavenumber, both of energies averaged first.
+    is silent, such as a wave that has not started, enter no mean. ``energy_drift``: predicted over true kinetic energy
+    less 1, and ``octave_energy_ratio``: the same per octave of wavenumber, not less 1; of energies averaged first.
     ``permeability`` and ``wall_shear``: relative errors as the modules named so say; None where they do not apply.
     ``lost``: share of forecasts that left all bounds. A mean that a lost one enters is None, and so is a span without a
     step. Structures are of the steps 1, 2, 5, 10, 15, 20, 30, ... 60.

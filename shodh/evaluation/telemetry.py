@@ -33,9 +33,9 @@ class StepRouting(NamedTuple):
 
 
 class MeasureRouting:
-    """Hook: loads, purity, entropies, margins and information of the global batch of every ``interval``-th step.
+    """Hook: loads, purity, entropies, margins and information of the global batch, logged every ``interval``-th step.
 
-    ``measured`` is what the last step gave, or None if it was not measured; hooks after this one may read it.
+    ``measured`` is what the last step gave, of every step: alarms do not wait for what is logged.
     """
 
     def __init__(self, domain_names: Sequence[str], interval: int) -> None:
@@ -43,9 +43,8 @@ class MeasureRouting:
         self.measured: StepRouting | None = None
 
     def after_step(self, record: StepRecord) -> None:
-        self.measured = None
+        self.measured = gather_routing(record.outputs, len(self.domain_names), record.seconds)
         if record.step % self.interval == 0:
-            self.measured = gather_routing(record.outputs, len(self.domain_names), record.seconds)
             record.scalars.update(routing_scalars(self.measured.counts, self.domain_names))
 
 

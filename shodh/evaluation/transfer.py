@@ -101,11 +101,16 @@ def compare_variants(results: Sequence[Result], variant: str, reference: str, do
     ours, theirs = (collect_errors(results, v, domain, metric) for v in (variant, reference))
     differences, num_lost = [], 0
     for seed in sorted(ours.keys() & theirs.keys()):
-        error, base = ours[seed], theirs[seed]
+        error, base = (found[seed] if is_finite(found[seed]) else None for found in (ours, theirs))
         num_lost += error is None and base is not None
         if error is not None and base is not None:
             differences.append((error - base) / base)
     return compare(differences, num_lost)
+
+
+def is_finite(error: float | None) -> bool:
+    """Whether there is an error to compare at all."""
+    return error is not None and math.isfinite(error)
 
 
 def summarise_transfer(results: Sequence[Result]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # last: its tokenizer.py is not the package
 
-from specialisation import judge, require_balanced  # noqa: E402
+from specialisation import judge, require_the_setting  # noqa: E402
 
 
 def row(variant: str, seed: int, layer: int, **changes) -> dict:
@@ -61,9 +61,16 @@ def test_fewer_than_three_seeds_or_none_fall_short():
     assert short([]) == ["pair: seeds", "shodh: seeds"]
 
 
-def test_models_trained_without_balance_are_refused():
-    result = {"job": {"variant": "pair"}, "identity": {"objective": {"balance_weight": 0.0, "bias_rate": 0.0}}}
-    with pytest.raises(ValueError, match="trained without balance"):
-        require_balanced([result])
-    result["identity"]["objective"]["bias_rate"] = 0.01
-    require_balanced([result])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"objective": {"balance_weight": 0.0, "bias_rate": 0.01}}, "without the balance loss"),
+        ({"model": {"num_experts": 4}}, r"has \(2, 4\) domains and experts"),
+        ({"domains": ["a", "b", "c"]}, r"has \(3, 2\) domains and experts"),
+    ],
+)
+def test_models_of_another_setting_are_not_judged(change, said):
+    identity = {"objective": {"balance_weight": 0.01}, "model": {"num_experts": 2}, "domains": ["a", "b"]}
+    require_the_setting([{"job": {"variant": "pair"}, "identity": identity}])
+    with pytest.raises(ValueError, match=said):
+        require_the_setting([{"job": {"variant": "pair"}, "identity": identity | change}])
