@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shodh.fields import Boundary, LatentBatch
+from shodh.model.stencil import surround
 
 Boundaries = tuple[Boundary, Boundary, Boundary]
 
@@ -88,7 +89,8 @@ def describe_cells(
     """The features of every cell, FP64: states by offset, then medium, parameters and 1."""
     states = torch.cat([previous, current], 1).double()
     x, y, z = states.shape[-3:]
-    padded = _pad(states, boundary)
+    periodic = states.new_tensor([kind == "periodic" for kind in boundary]).expand(len(states), 3)
+    padded = surround(states, periodic)
     shifted = [padded[..., 1 + i : 1 + i + x, 1 + j : 1 + j + y, 1 + k : 1 + k + z] for i, j, k in OFFSETS[:stencil]]
     told = torch.cat([parameters, torch.ones_like(parameters[:, :1])], 1).double()
     everywhere = told[..., None, None, None].expand(-1, -1, x, y, z)
@@ -128,15 +130,6 @@ def _mean_error(equations: NormalEquations, weights: Tensor, columns: Tensor) ->
 def _choose_columns(num_features: int, num_states: int, stencil: int) -> Tensor:
     """Which features of the largest stencil a smaller one has."""
     return torch.cat([torch.arange(stencil * num_states), torch.arange(len(OFFSETS) * num_states, num_features)])
-
-
-def _pad(states: Tensor, boundary: Boundaries) -> Tensor:
-    for axis, kind in enumerate(boundary, start=-3):
-        lower, upper = states.narrow(axis, states.shape[axis] - 1, 1), states.narrow(axis, 0, 1)
-        if kind != "periodic":
-            lower, upper = torch.zeros_like(lower), torch.zeros_like(upper)
-        states = torch.cat([lower, states, upper], axis)
-    return states
 
 
 def _add(one: NormalEquations | None, other: NormalEquations) -> NormalEquations:

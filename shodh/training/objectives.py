@@ -1,4 +1,4 @@
-"""What pretraining minimises: the relative forecast error, global-batch balance, information and the z-loss."""
+"""What pretraining minimises: the relative forecast error over one or several steps, and what balance.py asks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,10 +86,10 @@ class ForecastObjective:
 def relative_errors(
     error: Float[Tensor, "b c x y z"], change: Float[Tensor, "b c x y z"], floor: float
 ) -> dict[str, Tensor]:
-    """ "data": squared error over the squared change of each sample, averaged: persistence scores 1 (less for still
-    samples). "mean": the same for the box means of the error, which carry the mean flow: an error that all tokens share
-    does not average out. The scale comes from the sample alone, so no label is needed to weigh slow and fast physics
-    alike.
+    """Squared errors over the squared change of each sample, averaged: persistence scores 1 (less for still samples).
+
+    "data" is of every cell, "mean" of the box means, which carry the mean flow: an error that all tokens share does not
+    average out. The scale comes from the sample alone, so no label is needed to weigh slow and fast physics alike.
     """
     scale = _mean_square(change) + floor
     shared = reduce(error.float(), "b c x y z -> b c 1 1 1", "mean")
