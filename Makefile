@@ -4,6 +4,8 @@
 # make faults     hundreds of damaged stores and sources, none of which may be read silently
 # make exactness  divergence of thousands of decodes, which must be exactly 0
 # make transfer   joint training against solo, dense, oracle and hash models over three seeds (SIZE=debug: minutes)
+# make ablations  the same beside k = 2 and 4, no information loss, no parameters told, two domains; do experts specialise
+# make forecast   one larger model of the three domains, trained for long, against persistence and a linear model
 # make pairs      does the router tell apart two Reynolds numbers, two rocks, or places within one field
 # make ladder     three tokenizers of different rates against the best linear codes: an hour of CPU each
 # make benchmarks reading and a training step with it against what is fastest elsewhere; what the tokenizer's parts cost
@@ -23,7 +25,7 @@ export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
 endif
 
-.PHONY: setup pretrain transfer pairs test test-slow faults exactness ladder benchmarks lint check clean
+.PHONY: setup pretrain transfer-latents transfer ablations forecast pairs test test-slow faults exactness ladder benchmarks lint check clean
 
 setup: .venv/installed
 
@@ -41,11 +43,24 @@ pretrain: setup
 
 TRANSFER := $(if $(filter debug,$(SIZE)),debug,transfer)
 
-transfer: setup
+transfer-latents: setup
 	$(BIN)/python launch/generate_data.py configs/generate_data/$(TRANSFER).yaml
 	$(DEEPSPEED) launch/train_tokenizer.py configs/train_tokenizer/$(TRANSFER).yaml
 	$(BIN)/python launch/cache_latents.py configs/cache_latents/$(TRANSFER).yaml
+
+transfer: transfer-latents
 	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml
+
+CONTROLS := shodh,solo,solo_dense,dense_flops,dense_parameters,oracle,hash
+
+ablations: transfer-latents
+	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml \
+	    'variants=[$(CONTROLS),pair,untold,free,top2,top4]'
+	$(BIN)/python benchmarks/specialisation.py
+
+forecast: transfer-latents
+	$(DEEPSPEED) launch/pretrain.py configs/pretrain/transfer.yaml
+	$(BIN)/python benchmarks/forecast.py
 
 pairs: setup
 	test -f runs/quickstart/tokenizer.safetensors || $(MAKE) pretrain SIZE=quickstart

@@ -34,6 +34,7 @@ from shodh.device import find_device
 from shodh.evaluation.held_out import HeldOutDomain, measure_forecasts, measure_next_latents
 from shodh.evaluation.report_run import pick
 from shodh.evaluation.rollout import SHORT, SPANS, Predict
+from shodh.fields import NUM_GIVEN
 
 LARGEST_RATIO = 0.1  # of one-step latent MSE, over persistence's
 QUANTITIES = {  # stated of step 20
@@ -63,9 +64,9 @@ def measure_runs(config: Evaluation, runs: Sequence[Path], num_trajectories: int
     device = find_device()
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
     for cache in latents:
-        if cache.num_snapshots < SHORT + 2:
+        if cache.num_snapshots < (needed := NUM_GIVEN + SHORT):
             raise ConfigError(
-                f"latents={cache.path}: {cache.num_snapshots} snapshots, step {SHORT} needs {SHORT + 2}. Generate more."
+                f"latents={cache.path}: {cache.num_snapshots} snapshots, step {SHORT} needs {needed}. Generate more."
             )
     models = [load_model(run, tokenizer, device)[0] for run in runs]
     predictors: dict[str, Predict] = {

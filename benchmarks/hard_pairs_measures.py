@@ -57,7 +57,7 @@ def visit_held_out(model: LatentTransformer, pair: Pair) -> list[Visit]:
     for member, latents in enumerate(pair.latents):
         for i in latents.trajectories("test"):
             batch = _all_states(latents, i).to(next(model.parameters()).device)
-            forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
+            forecast = model(batch.given, batch.medium, batch.parameters)
             change = batch.following - batch.current
             error = relative_errors(forecast.latent - batch.following, change, floor=0.0)["data"]
             size = reduce(change**2, "t c x y z -> t", "mean").cpu()

@@ -16,6 +16,8 @@ from hard_pairs_models import Pair
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
+from shodh.fields import NUM_GIVEN
+
 COLOURS = "tab10"
 
 
@@ -31,7 +33,7 @@ class ExpertMaps(NamedTuple):
         """The middle one of a trajectory's states."""
         store, num_states = pair.stores[visit.member], len(visit.change)
         middle = num_states // 2
-        speed = np.linalg.norm(store.snapshot(visit.trajectory, middle + 1)[0], axis=0)  # states begin at snapshot 1
+        speed = np.linalg.norm(store.snapshot(visit.trajectory, NUM_GIVEN - 1 + middle)[0], axis=0)
         if pair.domain == "porous_media":
             speed = np.where(store.medium(visit.trajectory) > 0.5, speed, np.nan)
         cells = np.array(pair.latents[visit.member].header.latent_shape[3:]) // patch

@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def compare_steps(num_rounds: int) -> list[Figure]:
     """The ratio over so many rounds of three steps each."""
-    config = load_config(Pretraining, ROOT / "configs/pretrain/quickstart.yaml", ["objective.unroll=1"])
+    config = load_config(Pretraining, ROOT / "configs/pretrain/quickstart.yaml", ["objective.unroll=[]"])
     with tempfile.TemporaryDirectory(prefix="shodh-telemetry-") as folder, distributed(threads_per_rank=1) as group:
         torch.manual_seed(0)
         batches = [make_batch(config).to(group.device) for _ in range(8)]
@@ -130,7 +130,7 @@ def make_batch(config: Pretraining) -> LatentBatch:
     """Random latents of the quickstart's shapes; what they hold costs nothing."""
     num, cells = config.engine.batch_size, (LATENT_SIDE,) * 3
     return LatentBatch(
-        states=torch.randn(num, 2 + config.objective.unroll, config.model.latent_channels, *cells),
+        states=torch.randn(num, config.objective.num_states, config.model.latent_channels, *cells),
         medium=torch.randn(num, config.model.medium_channels, *cells),
         parameters=torch.randn(num, len(CONDITIONS)),
         domain=torch.arange(num) % len(config.domains),

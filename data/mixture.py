@@ -27,13 +27,13 @@ from data.layout import Split
 from data.reader import Store
 from data.statistics import FieldStatistics
 from shodh.config import ConfigError
-from shodh.fields import FieldBatch, LatentBatch
+from shodh.fields import NUM_GIVEN, FieldBatch, LatentBatch
 
 T = TypeVar("T")
 Arrays = tuple[np.ndarray, ...]
 
 CPU = torch.device("cpu")
-NUM_STATES = 3  # previous, current, following: the fewest that a forecast is learnt from
+NUM_STATES = NUM_GIVEN + 1  # the fewest that a forecast is learnt from
 
 
 @dataclass(frozen=True, kw_only=True)

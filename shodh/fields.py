@@ -33,6 +33,11 @@ PARAMETERS = ("dt", "viscosity", "frequency", "porosity", "diffusivity")
 CONDITIONS = (*PARAMETERS, "periodic_x", "periodic_y", "periodic_z")
 
 
+# Successive states that a forecast is made from. A coarse latent does not hold all that decides its future; what its
+# past adds to that is worth a third state (docs/decisions/0008-three-states.md).
+NUM_GIVEN = 3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A box of cells; lengths in the domain's unit of length. Raises ValueError for widths that are no lengths.
@@ -167,7 +172,7 @@ class DecodedFields(NamedTuple):
 
 
 class LatentBatch(NamedTuple):
-    """Successive latent states per sample, of any mixture of domains, whitened; at least three: two are given."""
+    """Successive latent states per sample, of any mixture of domains, whitened: those given and at least one more."""
 
     states: Float[Tensor, "b t c x y z"]
     medium: Float[Tensor, "b m x y z"]
@@ -175,17 +180,19 @@ class LatentBatch(NamedTuple):
     domain: Int[Tensor, "b"]  # for telemetry and evaluation only; no model input
 
     @property
-    def previous(self) -> Float[Tensor, "b c x y z"]:
-        return self.states[:, 0]
+    def given(self) -> Float[Tensor, "b t c x y z"]:
+        """What a forecast is made from, oldest first."""
+        return self.states[:, :NUM_GIVEN]
 
     @property
     def current(self) -> Float[Tensor, "b c x y z"]:
-        return self.states[:, 1]
+        """The last given state."""
+        return self.states[:, NUM_GIVEN - 1]
 
     @property
     def following(self) -> Float[Tensor, "b c x y z"]:
         """The state one interval after ``current``."""
-        return self.states[:, 2]
+        return self.states[:, NUM_GIVEN]
 
     def to(self, device: torch.device) -> "LatentBatch":
         """The same batch on ``device``."""

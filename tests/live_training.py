@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shodh.evaluation.alarm_hook import RaiseAlarms
 from shodh.evaluation.telemetry import MeasureRouting
-from shodh.fields import CONDITIONS, LatentBatch
+from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
 from shodh.model.router import SemanticRouter
 from shodh.model.transformer import Block, LatentTransformer, TransformerConfig
 from shodh.training.alarm_log import FILE, AlarmLog
@@ -108,11 +108,11 @@ def draw(run: LiveRun, first_step: int) -> Generator[LatentBatch, None, None]:
 
 
 def draw_states(domain: int, generator: torch.Generator) -> Tensor:
-    """Three successive states (t c x y z)."""
+    """The given states and one more (t c x y z)."""
     field = torch.randn(CHANNELS, CELLS, CELLS, CELLS, generator=generator)
     axis = 1 + domain % 3
     field = (field + domain * field.roll(1, axis)) / (1 + domain**2) ** 0.5 + 0.5 * (domain - 1)
-    return torch.stack([field.roll(step, axis) for step in range(3)])
+    return torch.stack([field.roll(step, axis) for step in range(NUM_GIVEN + 1)])
 
 
 def press(layer: int, expert: int, first: int, per_step: float = 100.0) -> Damage:

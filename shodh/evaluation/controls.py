@@ -35,7 +35,7 @@ class DomainRecogniser:
         self.domain = torch.zeros(0, dtype=torch.int64)  # of each sample of the present pass
 
     def __call__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        parameters = inputs[3][:, : len(PARAMETERS)]
+        parameters = inputs[2][:, : len(PARAMETERS)]
         same = ((parameters != 0).unsqueeze(1) == self.patterns.to(parameters.device)).all(-1)
         if not bool(same.any(1).all()):
             raise ValueError(f"parameters={parameters[~same.any(1)][0].tolist()}: filled as in no domain. Check them.")

@@ -34,10 +34,10 @@ from shodh.evaluation.rollout import (
 )
 from shodh.evaluation.rollout_quality import measure_rollouts, summarise_rollouts
 from shodh.evaluation.routing import RoutingCounts, count_routing, merge_counts, summarise
-from shodh.fields import DecodedFields, DomainSpec, Grid, LatentBatch, Routing
+from shodh.fields import NUM_GIVEN, DecodedFields, DomainSpec, Grid, LatentBatch, Routing
 from shodh.physics.masked_projection import find_pores, project_fields
 
-Model = Callable[[Tensor, Tensor, Tensor, Tensor], Any]  # -> Forecast
+Model = Callable[[Tensor, Tensor, Tensor], Any]  # as Predict, but -> Forecast
 
 
 class HeldOutDomain(NamedTuple):
@@ -96,10 +96,10 @@ def _evaluate_trajectory(
     trajectory, medium = held_out.trajectories[number], held_out.medium[number]
     decode = _decoder_for(held_out, medium)
     batch = successive_states(trajectory, index)
-    forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
+    forecast = model(batch.given, batch.medium, batch.parameters)
     decoded = _decode_all(decode, forecast.latent, trajectory.medium)
     sums = [sum_conservation(decoded.flux, held_out)]
-    error = (decoded.velocity - trajectory.velocity[2:]).square().mean()
+    error = (decoded.velocity - trajectory.velocity[NUM_GIVEN:]).square().mean()
     decoded = _decode_all(decode, trajectory.latents, trajectory.medium)
     sums.append(sum_conservation(decoded.flux, held_out))
     fields = TrueFields(trajectory.velocity, trajectory.pressure, medium)
@@ -203,9 +203,9 @@ def picture_domain(model: Model, held_out: HeldOutDomain) -> dict[str, np.ndarra
     trajectory = held_out.trajectories[0]
     batch = successive_states(trajectory, 0)
     half = len(batch.current) // 2
-    forecast = model(batch.previous, batch.current, batch.medium, batch.parameters)
+    forecast = model(batch.given, batch.medium, batch.parameters)
     decoded = _decoder_for(held_out, held_out.medium[0])(forecast.latent[half : half + 1], batch.medium[:1])
-    truth = trajectory.velocity[half + 2]
+    truth = trajectory.velocity[half + NUM_GIVEN]
     middle = truth.shape[-1] // 2
     shape = forecast.latent.shape[-3:]
     return {
@@ -220,7 +220,7 @@ def picture_domain(model: Model, held_out: HeldOutDomain) -> dict[str, np.ndarra
 
 
 def successive_states(trajectory: TrueTrajectory, index: int) -> LatentBatch:
-    """Every three successive states of a trajectory as one batch."""
+    """All given states of a trajectory, each with the one that follows, as one batch."""
     return join_successive(trajectory.latents, trajectory.medium, trajectory.parameters, index)
 
 

@@ -23,7 +23,7 @@ class MeasureForecast:
     def after_step(self, record: StepRecord) -> None:
         for probe in due(self.probes, self.interval, record):
             name, batch = probe.domain.name, successive_states(probe.trajectories[0], 0)
-            forecast = self.model(batch.previous, batch.current, batch.medium, batch.parameters)
+            forecast = self.model(batch.given, batch.medium, batch.parameters)
             error = measure_one_step(lambda *_, latent=forecast.latent: latent, batch)
             record.scalars[f"forecast/mse_over_persistence/{name}"] = error["ratio"]
 
@@ -38,7 +38,7 @@ class MeasureDivergence:
     def after_step(self, record: StepRecord) -> None:
         for probe in due(self.probes, self.interval, record):
             batch = successive_states(probe.trajectories[0], 0)
-            forecast = self.model(batch.previous, batch.current, batch.medium, batch.parameters)
+            forecast = self.model(batch.given, batch.medium, batch.parameters)
             flux = probe.decode(forecast.latent[-1:], batch.medium[-1:]).flux
             measured = summarise_sums(sum_conservation(flux, probe))
             record.scalars[f"divergence/max_abs/{probe.domain.name}"] = measured["max_abs"]

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from shodh.fields import Boundary, LatentBatch
+from shodh.fields import NUM_GIVEN, Boundary, LatentBatch
 from shodh.model.stencil import surround
 
 Boundaries = tuple[Boundary, Boundary, Boundary]
@@ -18,7 +18,7 @@ OFFSETS = sorted(product((-1, 0, 1), repeat=3), key=lambda offset: sum(map(abs, 
 STENCILS = (1, 7, 27)  # how many of the offsets: the cell alone, its 6 neighbours, all 26
 RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # over the mean square of a feature
 HELD_BACK = 5  # every fifth trajectory chooses between them
-CELLS_AT_ONCE = 2**14  # rows of features: 27 * 2 * 16 + 10 FP64 values each, 115 MB
+CELLS_AT_ONCE = 2**14  # rows of features: 27 * 3 * 16 + 13 FP64 values each, 172 MB
 
 
 class LinearForecast(NamedTuple):
@@ -29,8 +29,9 @@ class LinearForecast(NamedTuple):
     ridge: float
     boundary: Boundaries
 
-    def __call__(self, previous: Tensor, current: Tensor, medium: Tensor, parameters: Tensor) -> Tensor:
-        features = describe_cells(previous, current, medium, parameters, self.boundary, self.stencil)
+    def __call__(self, states: Tensor, medium: Tensor, parameters: Tensor) -> Tensor:
+        features = describe_cells(states, medium, parameters, self.boundary, self.stencil)
+        current = states[:, -1]
         x, y, z = current.shape[-3:]
         change = rearrange(features @ self.weights, "(b x y z) c -> b c x y z", x=x, y=y, z=z)
         return (current.double() + change).to(current.dtype)
@@ -49,7 +50,7 @@ class NormalEquations(NamedTuple):
 def fit_linear_forecast(trajectories: Iterable[LatentBatch], boundary: Boundaries) -> LinearForecast:
     """Ridge regression of a latent cell's change over one interval, for one domain.
 
-    Features: the two given states of the cell and of its neighbours (beyond the box a periodic axis wraps, any other
+    Features: the given states of the cell and of its neighbours (beyond the box a periodic axis wraps, any other
     gives zeros), the medium in the cell, the parameters and 1. ``trajectories``: one batch each, of training
     trajectories only, read once. Every fifth of them, from the second, is held back to choose the stencil and the
     strength of the ridge by the one-step error there; then all are fitted. Where samples are fewer than unknowns the
@@ -65,7 +66,7 @@ def fit_linear_forecast(trajectories: Iterable[LatentBatch], boundary: Boundarie
             fitted = _add(fitted, equations)
     if fitted is None or held_back is None:
         raise ValueError("trajectories: one is fitted, another chooses the ridge. Give at least two for training.")
-    num_states, num_features = 2 * fitted.moment.shape[1], len(fitted.gram)
+    num_states, num_features = NUM_GIVEN * fitted.moment.shape[1], len(fitted.gram)
     chosen = [_choose_columns(num_features, num_states, stencil) for stencil in STENCILS]
     candidates = [
         (float(_mean_error(held_back, weights, columns)), stencil, ridge)
@@ -79,15 +80,14 @@ def fit_linear_forecast(trajectories: Iterable[LatentBatch], boundary: Boundarie
 
 
 def describe_cells(
-    previous: Float[Tensor, "b c x y z"],
-    current: Float[Tensor, "b c x y z"],
+    states: Float[Tensor, "b t c x y z"],
     medium: Float[Tensor, "b m x y z"],
     parameters: Float[Tensor, "b q"],
     boundary: Boundaries,
     stencil: int,
 ) -> Float[Tensor, "n u"]:
     """The features of every cell, FP64: states by offset, then medium, parameters and 1."""
-    states = torch.cat([previous, current], 1).double()
+    states = rearrange(states, "b t c x y z -> b (t c) x y z").double()
     x, y, z = states.shape[-3:]
     periodic = states.new_tensor([kind == "periodic" for kind in boundary]).expand(len(states), 3)
     padded = surround(states, periodic)
@@ -102,7 +102,7 @@ def sum_products(batch: LatentBatch, boundary: Boundaries) -> NormalEquations:
     total = None
     size = max(1, CELLS_AT_ONCE // batch.current[0, 0].numel())
     for part in (LatentBatch(*parts) for parts in zip(*(tensor.split(size) for tensor in batch), strict=True)):
-        features = describe_cells(part.previous, part.current, part.medium, part.parameters, boundary, len(OFFSETS))
+        features = describe_cells(part.given, part.medium, part.parameters, boundary, len(OFFSETS))
         change = rearrange(part.following.double() - part.current.double(), "b c x y z -> (b x y z) c")
         equations = (features.T @ features, features.T @ change, change.square().sum(), len(change))
         total = _add(total, NormalEquations(*equations))

@@ -29,7 +29,7 @@ from shodh.evaluation.rollout import (
 )
 from shodh.evaluation.spectral_error import EMPTY, sample_spectrum
 from shodh.evaluation.wall_shear import WallShear, sample_wall_shear, summarise_wall_shear
-from shodh.fields import Grid
+from shodh.fields import NUM_GIVEN, Grid
 from shodh.physics.spectra import vrmse
 
 LOST = 1e6  # whitened latents are of order 1: larger ones, or NaN, decode to nothing
@@ -88,7 +88,7 @@ def measure_rollouts(
         latents = forecast_steps(predict, truth, steps)
         lost = ~(reduce(latents.abs(), "p c x y z -> p 1 1 1 1", "max") < LOST)
         guesses[name] = decode_forecasts(latents, lost)
-    given, time = steps.start + 1, steps.time
+    given, time = steps.given, steps.time
     guesses["persistence"] = lambda pairs: (truth.velocity[given[pairs]], truth.pressure[given[pairs]])
     guesses["decoded_truth"] = lambda pairs: (decoded_truth[0][time[pairs]], decoded_truth[1][time[pairs]])
     return {name: _measure_guess(guess, truth, steps, grid, medium) for name, guess in guesses.items()}
@@ -96,8 +96,8 @@ def measure_rollouts(
 
 @torch.no_grad()
 def measure_short_rollout(predict: Predict, decode: Decode, truth: TrueTrajectory) -> dict[str, float]:
-    """VRMSE of the decoded velocity over the spans up to step 20, from the first two states: cheap, while training."""
-    num_steps = min(SHORT, len(truth.latents) - 2)
+    """VRMSE of the decoded velocity over the spans up to step 20, from the first given states: cheap to watch."""
+    num_steps = min(SHORT, len(truth.latents) - NUM_GIVEN)
     only = Steps((0,), num_steps, torch.zeros(num_steps, dtype=torch.long), torch.arange(1, num_steps + 1))
     latents = forecast_steps(predict, truth, only)
     parts = latents.split(_states_at_once(truth))

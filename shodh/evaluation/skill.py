@@ -23,7 +23,7 @@ from shodh.evaluation.rollout import (
 )
 from shodh.evaluation.rollout_quality import LOST, find_loud
 from shodh.evaluation.routing import count_routing, merge_counts, summarise
-from shodh.fields import Routing
+from shodh.fields import NUM_GIVEN, Routing
 from shodh.physics.spectra import vrmse
 
 ROLLOUT_SPANS = ("2-20", "20", "21-60")  # of ``SPANS``; of each the ``STRUCTURE_STEPS`` are decoded
@@ -40,7 +40,7 @@ def measure_skill(model: Model, held_out: Sequence[HeldOutDomain]) -> dict[str, 
     blocks, counts, gates = {}, [], []
     for index, domain in enumerate(held_out):
         batches = [successive_states(trajectory, index) for trajectory in domain.trajectories]
-        forecasts = [model(b.previous, b.current, b.medium, b.parameters) for b in batches]
+        forecasts = [model(b.given, b.medium, b.parameters) for b in batches]
         pairs = zip(forecasts, batches, strict=True)
         counts += [count_routing(forecast.routings, batch.domain, len(held_out)) for forecast, batch in pairs]
         gates += [_sum_gates(f.routings) for f in forecasts]
@@ -73,19 +73,19 @@ def average_guesses(rows: Sequence[dict[str, list[float]]]) -> dict[str, float |
 def _measure_fields(
     model: Model, held_out: HeldOutDomain, trajectory: TrueTrajectory, forecast: Tensor
 ) -> dict[str, dict[str, list[float]]]:
-    """VRMSE of decoded velocities by span, "1" of one-step forecasts, each from two true states."""
+    """VRMSE of decoded velocities by span, "1" of one-step forecasts, each from true states."""
     loud, num = find_loud(trajectory.velocity), len(forecast)
-    time = 2 + torch.arange(min(num, NUM_ONE_STEP)) * (num - 1) // max(1, min(num, NUM_ONE_STEP) - 1)
-    velocity = _decode(held_out, forecast[time - 2], trajectory.medium)
+    time = NUM_GIVEN + torch.arange(min(num, NUM_ONE_STEP)) * (num - 1) // max(1, min(num, NUM_ONE_STEP) - 1)
+    velocity = _decode(held_out, forecast[time - NUM_GIVEN], trajectory.medium)
     measured = {"1": _compare(velocity, trajectory.velocity, loud, time, time - 1)}
     steps = plan_steps(len(trajectory.latents))
     predicted = forecast_steps(lambda *inputs: model(*inputs).latent, trajectory, steps)
     decoded = torch.tensor([step in STRUCTURE_STEPS for step in steps.step.tolist()])
-    step, time, start = (pairs[decoded] for pairs in (steps.step, steps.time, steps.start))
+    step, time, given = (pairs[decoded] for pairs in (steps.step, steps.time, steps.given))
     velocity = _decode(held_out, predicted[decoded], trajectory.medium)
     for span in ROLLOUT_SPANS:
         here = torch.tensor([number in SPANS[span] for number in step.tolist()])
-        measured[span] = _compare(velocity[here], trajectory.velocity, loud, time[here], start[here] + 1)
+        measured[span] = _compare(velocity[here], trajectory.velocity, loud, time[here], given[here])
     return measured
 
 

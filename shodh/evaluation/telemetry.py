@@ -63,7 +63,7 @@ class MeasureFlips:
         if self.probe is None or record.step % self.interval:
             return
         probe = self.probe
-        routings = self.model(probe.previous, probe.current, probe.medium, probe.parameters).routings
+        routings = self.model(probe.given, probe.medium, probe.parameters).routings
         expert = rearrange([r.expert[:, 0] for r in routings], "l (b n) -> l b n", b=len(probe.domain))
         if self.expert is not None:
             changed = (expert != self.expert).double().mean(-1).cpu()

@@ -1,4 +1,4 @@
-"""Linear experts: what of the next latent state is a linear function of the two states around a cell."""
+"""Linear experts: what of the next latent state is a linear function of the given ones around a cell."""
 
 import torch
 from einops import rearrange, reduce, repeat

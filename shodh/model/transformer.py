@@ -1,4 +1,4 @@
-"""The Top-1 MoE latent transformer: the last two latent states and the medium in, the next state out."""
+"""The Top-1 MoE latent transformer: the last latent states and the medium in, the next state out."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shodh.fields import CONDITIONS, PARAMETERS, Routing
+from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, Routing
 from shodh.model.attention import Attention
 from shodh.model.embedding import from_tokens, rotary_angles, to_tokens
 from shodh.model.experts import SharedExpert, StackedExperts
@@ -105,51 +105,59 @@ class LatentTransformer(nn.Module):
         super().__init__()
         self.config = config
         cells = config.patch**3
-        self.embed = nn.Linear((2 * config.latent_channels + config.medium_channels) * cells, config.width)
+        channels = config.latent_channels
+        num_inputs = NUM_GIVEN * channels + config.medium_channels
+        self.embed = nn.Linear(num_inputs * cells, config.width)
         self.condition = nn.Sequential(
             nn.Linear(len(CONDITIONS), config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.out = nn.Linear(config.width, config.latent_channels * cells)
+        self.out = nn.Linear(config.width, channels * cells)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        channels = config.latent_channels
-        num_kernels = config.num_kernels or config.num_experts
-        self.stencil = StencilExperts(num_kernels, 2 * channels + config.medium_channels, channels)
+        self.stencil = StencilExperts(config.num_kernels or config.num_experts, num_inputs, channels)
 
     def forward(
         self,
-        previous: Float[Tensor, "b c x y z"],
-        current: Float[Tensor, "b c x y z"],
+        states: Float[Tensor, "b t c x y z"],
         medium: Float[Tensor, "b m x y z"],
         parameters: Float[Tensor, "b q"],
     ) -> Forecast:
-        """The state one snapshot interval after ``current``; ``previous`` lies one interval before it."""
-        patch, grid = self.config.patch, (current.shape[2], current.shape[3], current.shape[4])
-        fields = torch.cat([current, current - previous, medium], 1)
+        """The state one snapshot interval after the last of the NUM_GIVEN successive ``states``."""
+        x, y, z = states.shape[-3:]
+        patch, grid, current = self.config.patch, (x, y, z), states[:, -1]
+        fields = torch.cat([*backward_differences(states), medium], 1)
         tokens = self.embed(to_tokens(fields, patch))
         told = parameters if self.config.told else torch.zeros_like(parameters)
         condition = functional.silu(self.condition(told))
-        x, y, z = (size // patch for size in grid)
-        angles = rotary_angles((x, y, z), self.config.width // self.config.num_heads, current.device)
+        places = (x // patch, y // patch, z // patch)
+        angles = rotary_angles(places, self.config.width // self.config.num_heads, current.device)
         routings = []
         for block in self.blocks:
             tokens, routing = block(tokens, condition, angles)
             routings.append(routing)
-        change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(previous, current)
+        change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(states)
         change = change + self.stencil(fields, parameters[:, len(PARAMETERS) :], routings[-1], patch)
         return Forecast(current + change.to(current.dtype), tuple(routings))
 
 
-def change_scale(
-    previous: Float[Tensor, "b c x y z"], current: Float[Tensor, "b c x y z"]
-) -> Float[Tensor, "b 1 1 1 1"]:
+def backward_differences(states: Float[Tensor, "b t c x y z"]) -> list[Float[Tensor, "b c x y z"]]:
+    """The last state and its differences of order 1 to t - 1: as much as the states themselves say, but less alike."""
+    differences = [states[:, -1]]
+    while states.shape[1] > 1:
+        states = states.diff(dim=1)
+        differences.append(states[:, -1])
+    return differences
+
+
+def change_scale(states: Float[Tensor, "b t c x y z"]) -> Float[Tensor, "b 1 1 1 1"]:
     """How much a sample may be expected to change: by as much as it just did, and by a tenth of what it is.
 
     Between a flow's turning points and its full swing changes differ tenfold, which normalised features do not show.
     """
-    last, state = (reduce(v.float() ** 2, "b c x y z -> b 1 1 1 1", "mean") for v in (current - previous, current))
+    values = states[:, -1] - states[:, -2], states[:, -1]
+    last, state = (reduce(value.float() ** 2, "b c x y z -> b 1 1 1 1", "mean") for value in values)
     return (last + 0.01 * state + 1e-6).sqrt()
 
 

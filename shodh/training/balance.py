@@ -3,6 +3,7 @@
 A field is one kind of physics, so a micro-batch holds few; balancing inside it would spread each over all experts.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from shodh.fields import Routing
 from shodh.training.loop import StepRecord
+
+# Of the largest entropy that shares of experts can have. Three kinds of physics cannot fill four experts evenly unless
+# one expert mixes them; two of them sharing one kind have 0.96.
+EVEN_ENOUGH = 0.95
 
 
 class GlobalLoad(NamedTuple):
@@ -57,12 +62,14 @@ def information_loss(routing: Routing, num_samples: int, global_probability: Flo
     """Minus the mutual information of sample and expert, in nats: H(expert | sample) - H(expert).
 
     It asks for samples that know their expert and experts that share the samples, whatever the samples are: no label
-    enters. H(expert) is that of the global batch; its gradient flows through the samples here. Krause et al.,
-    Discriminative Clustering by Regularized Information Maximization (2010).
+    enters. H(expert) is that of the global batch; its gradient flows through the samples here, and only until the
+    shares are even enough. Krause et al., Discriminative Clustering by Regularized Information Maximization (2010).
     """
     here = sample_probability(routing, num_samples)
     whole = global_probability / global_probability.sum()
     surprise = (here.mean(0) * whole.clamp_min(1e-12).log()).sum()  # minus the entropy, where here and whole agree
+    even = torch.special.entr(whole).sum() >= EVEN_ENOUGH * math.log(len(whole))
+    surprise = torch.where(even, surprise.detach(), surprise)
     return torch.special.entr(here).sum(-1).mean() + surprise
 
 

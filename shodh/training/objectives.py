@@ -9,7 +9,7 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from shodh.fields import LatentBatch, Routing
+from shodh.fields import NUM_GIVEN, LatentBatch, Routing
 from shodh.training.balance import GlobalLoad, balance_loss, information_loss, measure_load, z_loss
 
 
@@ -23,15 +23,27 @@ class ForecastConfig:
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
-    unroll: int = 1  # steps predicted in a row, each from the model's own predictions
-    unroll_from: int = 0  # optimizer step from which on; before it one step is predicted
+    # From which optimizer step on how many steps are predicted in a row, each from the predictions before; 1 at first.
+    unroll: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.unroll < 1:
+        starts = [start for start, _ in self.unroll]
+        if starts != sorted(set(starts)) or min(starts, default=0) < 0:
+            raise ValueError(f"unroll={self.unroll}: must be pairs of a step, ascending, and how many are predicted.")
+        if min((num for _, num in self.unroll), default=1) < 1:
             raise ValueError(f"unroll={self.unroll}: there is nothing to predict. Give at least 1.")
-        for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight", "unroll_from"):
+        for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0 to switch it off.")
+
+    def num_predicted(self, step: int) -> int:
+        """How many steps are predicted in a row at an optimizer step."""
+        return [1, *(num for start, num in self.unroll if start <= step)][-1]
+
+    @property
+    def num_states(self) -> int:
+        """How many successive states a batch must hold."""
+        return NUM_GIVEN + max((num for _, num in self.unroll), default=1)
 
 
 class RoutedBatch(NamedTuple):
@@ -50,19 +62,19 @@ class ForecastObjective:
         self.load: GlobalLoad | None = None  # of the present step
 
     def begin_step(self, step: int) -> None:
-        self.num_predicted = self.config.unroll if step >= self.config.unroll_from else 1
+        self.num_predicted = self.config.num_predicted(step)
         self.load = None
 
     def __call__(self, engine: Any, batch: LatentBatch) -> tuple[dict[str, Tensor], RoutedBatch]:
-        previous, current = batch.previous, batch.current
+        states = batch.given
         terms, routings = [], []
         for k in range(self.num_predicted):
-            forecast = engine(previous, current, batch.medium, batch.parameters)
-            change = batch.states[:, 2 + k] - batch.states[:, 1 + k]
-            error = relative_errors(forecast.latent - batch.states[:, 2 + k], change, self.config.change_floor)
-            terms.append(error | self._weigh_routing(forecast.routings, len(current)))
+            forecast = engine(states, batch.medium, batch.parameters)
+            before, truth = batch.states[:, NUM_GIVEN + k - 1], batch.states[:, NUM_GIVEN + k]
+            error = relative_errors(forecast.latent - truth, truth - before, self.config.change_floor)
+            terms.append(error | self._weigh_routing(forecast.routings, len(states)))
             routings.append(forecast.routings)
-            previous, current = current, forecast.latent
+            states = torch.cat([states[:, 1:], forecast.latent[:, None]], 1)
         mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
         detached = tuple(Routing(*(value.detach() for value in routing)) for routing in routings[0])
         return self._total(mean) | mean, RoutedBatch(detached, batch.domain)

@@ -18,6 +18,7 @@ from data.mixture import (
 )
 from data.statistics import measure_statistics
 from shodh.config import ConfigError
+from shodh.fields import NUM_GIVEN
 from shodh.physics.exterior import divergence_of_faces
 
 
@@ -143,16 +144,16 @@ def test_translations_move_all_fields_together_along_periodic_axes_only(make_mix
     assert _equal(plain.batch(1), moved.batch(1))  # sound in an open box is not moved
 
 
-def test_three_latent_states_follow_one_another_in_one_trajectory(latents, channel, sound):
+def test_latent_states_follow_one_another_in_one_trajectory(latents, channel, sound):
     mixture = LatentMixture(latents, MixtureConfig(batch_size=8))
     for step in range(6):
         batch = mixture.batch(step)
         for b in range(8):
             store = (channel, sound)[int(batch.domain[b])]
             names = _pressures(store, 1)
-            states = [names[np.float32(z[b, 0, 0, 0, 0])] for z in (batch.previous, batch.current, batch.following)]
+            states = [names[np.float32(z[b, 0, 0, 0, 0])] for z in batch.states.unbind(1)]
             (i, t) = states[0]
-            assert states == [(i, t), (i, t + 1), (i, t + 2)] and i in store.trajectories("train")
+            assert states == [(i, t + k) for k in range(NUM_GIVEN + 1)] and i in store.trajectories("train")
             np.testing.assert_array_equal(batch.parameters[b], store.parameters(i))
             np.testing.assert_array_equal(batch.medium[b, 0], store.medium(i)[::2, ::2, ::2])
 

@@ -18,7 +18,7 @@ from data.statistics import FieldStatistics
 from data.writer import write_store
 from shodh.evaluation.held_out import evaluate
 from shodh.evaluation.latent_quality import LatentSample, LatentTrajectory, measure_largest_gain, measure_latent_quality
-from shodh.fields import Grid
+from shodh.fields import NUM_GIVEN, Grid
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 from shodh.physics.exterior import curl_of_edges
 from shodh.physics.masked_projection import PORE_SPACE
@@ -26,6 +26,7 @@ from tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from tokenizer.export import Tokenizer, load_tokenizer, save_tokenizer
 from tokenizer.memory import HEAP_BYTES
 
+NUM_SNAPSHOTS = NUM_GIVEN + 1
 CONFIG = AutoencoderConfig(latent_channels=8, medium_channels=4, widths=(8, 16, 32))
 MODEL = TransformerConfig(
     latent_channels=8, medium_channels=4, width=24, depth=2, num_heads=2, num_experts=4, hidden=16, patch=1
@@ -38,17 +39,17 @@ ROCK = replace(CHANNEL, name="rock", medium=replace(CHANNEL.medium, name=PORE_SP
 
 
 def simulate(indices, domain):
-    """Three random solenoidal snapshots in a random pore space."""
+    """A few random solenoidal snapshots in a random pore space."""
     for i in indices:
         random = np.random.default_rng(i)
-        flux = curl_of_edges(torch.from_numpy(random.normal(size=(3, 3, *SHAPE))), domain.boundary)
+        flux = curl_of_edges(torch.from_numpy(random.normal(size=(NUM_SNAPSHOTS, 3, *SHAPE))), domain.boundary)
         yield (
             i,
             Trajectory(
                 velocity=flux.float().numpy(),
-                pressure=random.normal(size=(3, *SHAPE)).astype(np.float32),
+                pressure=random.normal(size=(NUM_SNAPSHOTS, *SHAPE)).astype(np.float32),
                 medium=(random.uniform(size=SHAPE) < 0.7).astype(np.float32),
-                time=np.arange(3) * 0.1,
+                time=np.arange(NUM_SNAPSHOTS) * 0.1,
                 parameters=dict.fromkeys(domain.parameters, 0.5),
                 seed=0,
                 grid=GRID,
@@ -68,7 +69,7 @@ def hold(folder: Path, tokenizer: Tokenizer, domain=CHANNEL, **options):
     plan = StorePlan(
         domain=domain,
         num_trajectories=2,
-        num_snapshots=3,
+        num_snapshots=NUM_SNAPSHOTS,
         num_test=1,
         shape=SHAPE,
         solver="random potentials",
@@ -95,9 +96,9 @@ def test_memory_is_asked_for_at_the_first_decoding_and_once(tokenizer, tmp_path,
     assert not asked
     (trajectory,) = held_out.trajectories
     for _ in range(2):
-        decoded = held_out.decode(trajectory.latents, trajectory.medium.expand(3, *trajectory.medium.shape))
+        decoded = held_out.decode(trajectory.latents, trajectory.medium.expand(NUM_SNAPSHOTS, *trajectory.medium.shape))
     assert held_out.encode is not None
-    held_out.encode(decoded.velocity, decoded.pressure, held_out.medium[0].expand(3, 1, *SHAPE))
+    held_out.encode(decoded.velocity, decoded.pressure, held_out.medium[0].expand(NUM_SNAPSHOTS, 1, *SHAPE))
     assert len(asked) == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_batch, make_domain
 
-from shodh.fields import CONDITIONS, LatentBatch
+from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 from shodh.training.objectives import ForecastConfig, ForecastObjective
 from tokenizer.autoencoder import Autoencoder, AutoencoderConfig
@@ -29,7 +29,7 @@ def model(monkeypatch) -> LatentTransformer:
 
 
 def test_permuting_labels_leaves_losses_gradients_and_predictions_bit_identical(model):
-    states = torch.randn(6, 3, 4, 4, 4, 4)
+    states = torch.randn(6, NUM_GIVEN + 1, 4, 4, 4, 4)
     batch = LatentBatch(
         states, torch.randn(6, 2, 4, 4, 4), torch.rand(6, len(CONDITIONS)), torch.tensor([0, 0, 1, 1, 2, 2])
     )

@@ -5,7 +5,7 @@ import torch
 
 from shodh.config import ConfigError
 from shodh.evaluation.controls import DomainRecogniser, HashRouter, route_by_domain, route_by_hash
-from shodh.fields import CONDITIONS, PARAMETERS, DomainSpec, FieldSpec
+from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, DomainSpec, FieldSpec
 from shodh.model.router import SemanticRouter
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 
@@ -36,8 +36,8 @@ def inputs(kinds: list[int]) -> tuple[torch.Tensor, ...]:
     for row, kind in zip(parameters, kinds, strict=True):
         for name in DOMAINS[kind].parameters:
             row[PARAMETERS.index(name)] = torch.rand(()) + 0.1
-    states = torch.randn(3, len(kinds), 4, 4, 4, 4)
-    return states[0], states[1], states[2, :, :2], parameters
+    states, medium = torch.randn(len(kinds), NUM_GIVEN, 4, 4, 4, 4), torch.randn(len(kinds), 2, 4, 4, 4)
+    return states, medium, parameters
 
 
 def test_oracle_sends_every_token_of_a_domain_to_its_expert_and_no_other():

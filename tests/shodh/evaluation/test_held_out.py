@@ -12,7 +12,7 @@ from torch import Tensor
 from shodh.evaluation.held_out import HeldOutDomain, evaluate, picture_domain
 from shodh.evaluation.report import format_table, write_report
 from shodh.evaluation.rollout import TrueTrajectory
-from shodh.fields import DecodedFields, DomainSpec, Grid, Routing
+from shodh.fields import NUM_GIVEN, DecodedFields, DomainSpec, Grid, Routing
 from shodh.model.transformer import Forecast
 from shodh.physics.masked_projection import PORE_SPACE, open_faces
 
@@ -25,9 +25,9 @@ def make_periodic(medium: str = "wall_distance") -> DomainSpec:
     return replace(domain, medium=replace(domain.medium, name=medium))
 
 
-def stay(previous: Tensor, current: Tensor, medium: Tensor, parameters: Tensor) -> Forecast:
+def stay(states: Tensor, medium: Tensor, parameters: Tensor) -> Forecast:
     """A model that predicts the current state and sends every token to the first of two experts."""
-    num = len(current) * N**3
+    num, current = len(states) * N**3, states[:, -1]
     gates = torch.tensor([0.75, 0.25]).expand(num, 2)
     return Forecast(current, (Routing(torch.tensor([[0, 1]]).expand(num, 2), gates, gates, gates.log()),))
 
@@ -110,13 +110,13 @@ def test_projected_fields_leave_the_solid_and_the_report_says_so(tmp_path):
 def test_picture_holds_the_expert_of_every_token_in_place_and_a_slice_of_the_field_through_each():
     states = torch.randn(NUM_STATES, 4, N, N, N)
 
-    def route_by_place(previous: Tensor, current: Tensor, medium: Tensor, parameters: Tensor) -> Forecast:
+    def route_by_place(given: Tensor, medium: Tensor, parameters: Tensor) -> Forecast:
         """Tokens of 2 x 2 x 2 cells; each chooses the expert that its place is numbered with."""
-        expert = torch.arange(64).repeat(len(current))[:, None]
+        expert = torch.arange(64).repeat(len(given))[:, None]
         even = torch.full((len(expert), 64), 1 / 64)
-        return Forecast(current, (Routing(expert, even[:, :1], even, even.log()),))
+        return Forecast(given[:, -1], (Routing(expert, even[:, :1], even, even.log()),))
 
     picture = picture_domain(route_by_place, hold_out(states, torch.rand(N, N, N)))
     assert picture["experts"].tolist() == [torch.arange(64).reshape(4, 4, 4).tolist()]
-    shown = states[(NUM_STATES - 2) // 2 + 2, :3].norm(dim=0)
+    shown = states[(NUM_STATES - NUM_GIVEN) // 2 + NUM_GIVEN, :3].norm(dim=0)
     assert torch.equal(torch.from_numpy(picture["truth_slices"]), shown[..., [1, 3, 5, 7]])

@@ -13,7 +13,7 @@ from shodh.evaluation.linear_forecast import (
     sum_products,
 )
 from shodh.evaluation.rollout import join_successive, measure_one_step, roll_out
-from shodh.fields import LatentBatch
+from shodh.fields import NUM_GIVEN, LatentBatch
 
 CHANNEL = ("periodic", "wall", "periodic")
 PERIODIC = ("periodic", "periodic", "periodic")
@@ -25,15 +25,15 @@ def random_trajectory(num_states: int = 8, channels: int = 2) -> LatentBatch:
 
 def obey(batch: LatentBatch, boundary, weights: torch.Tensor, stencil: int) -> LatentBatch:
     """The same states, but each followed by what a linear law makes of them."""
-    features = describe_cells(batch.previous, batch.current, batch.medium, batch.parameters, boundary, stencil)
+    features = describe_cells(batch.given, batch.medium, batch.parameters, boundary, stencil)
     change = (features @ weights).reshape(len(batch.current), 4, 4, 4, -1).movedim(-1, 1)
-    return batch._replace(states=torch.stack([batch.previous, batch.current, batch.current + change], 1))
+    return batch._replace(states=torch.cat([batch.given, (batch.current + change)[:, None]], 1))
 
 
 @pytest.mark.parametrize("boundary", [CHANNEL, PERIODIC])
 @pytest.mark.parametrize("stencil", [7, 27])
 def test_exactly_linear_law_is_recovered_to_round_off(boundary, stencil):
-    num_features = stencil * 4 + 1 + 3 + 1
+    num_features = stencil * NUM_GIVEN * 2 + 1 + 3 + 1
     weights = torch.randn(num_features, 2, dtype=torch.float64) / num_features
     double = (
         LatentBatch(*(v.double() if v.is_floating_point() else v for v in random_trajectory())) for _ in range(10)
@@ -47,13 +47,13 @@ def test_exactly_linear_law_is_recovered_to_round_off(boundary, stencil):
 
 
 def test_chosen_ridge_and_stencil_are_candidates_and_noise_asks_for_a_strong_ridge():
-    fitted = fit_linear_forecast([random_trajectory(4) for _ in range(5)], PERIODIC)
+    fitted = fit_linear_forecast([random_trajectory(NUM_GIVEN + 2) for _ in range(5)], PERIODIC)
     assert fitted.ridge in RIDGES and fitted.stencil in STENCILS
     assert fitted.stencil == 1 and fitted.ridge >= 1e-4  # states are independent: each further weight fits noise
 
 
 def test_fewer_samples_than_unknowns_are_solved_by_the_ridge():
-    batch = join_successive(torch.randn(3, 8, 2, 2, 2), torch.randn(1, 2, 2, 2), torch.zeros(3), 0)
+    batch = join_successive(torch.randn(NUM_GIVEN + 1, 8, 2, 2, 2), torch.randn(1, 2, 2, 2), torch.zeros(3), 0)
     equations = sum_products(batch, PERIODIC)
     assert equations.num_cells == 8 < len(equations.gram)
     columns = torch.arange(len(equations.gram))
@@ -61,12 +61,12 @@ def test_fewer_samples_than_unknowns_are_solved_by_the_ridge():
         scaled = weights * (equations.gram.diagonal() / 8).sqrt()[:, None]
         assert bool(weights.isfinite().all()) and scaled.norm() < (equations.square / 8 / ridge).sqrt()
     fitted = fit_linear_forecast([batch, batch], PERIODIC)
-    assert bool(fitted(batch.previous, batch.current, batch.medium, batch.parameters).isfinite().all())
+    assert bool(fitted(batch.given, batch.medium, batch.parameters).isfinite().all())
 
 
 def test_walls_give_zeros_and_periodic_axes_wrap():
     current = torch.arange(64.0).reshape(1, 1, 4, 4, 4)
-    features = describe_cells(current, current, torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1), CHANNEL, 7)
+    features = describe_cells(torch.stack([current] * 2, 1), torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 1), CHANNEL, 7)
     by_offset = features[:, :14].reshape(4, 4, 4, 7, 2)[..., 1]
     below = {offset: number for number, offset in enumerate(OFFSETS)}
     assert torch.equal(by_offset[..., 0].float(), current[0, 0])
@@ -87,7 +87,7 @@ def test_it_rolls_out_like_any_model():
     batch = random_trajectory()
     fitted = fit_linear_forecast([batch, random_trajectory()], CHANNEL)
     told = batch.medium[:1], batch.parameters[:1]
-    rolled = roll_out(fitted, batch.previous[:1], batch.current[:1], *told, 3)
+    rolled = roll_out(fitted, batch.given[:1], *told, 3)
     assert rolled.shape == (1, 3, 2, 4, 4, 4) and rolled.dtype == torch.float32
 
 

@@ -14,7 +14,7 @@ from shodh.evaluation.rollout import (
     roll_out,
 )
 from shodh.evaluation.rollout_quality import measure_rollouts, measure_short_rollout, summarise_rollouts
-from shodh.fields import Grid
+from shodh.fields import NUM_GIVEN, Grid
 from shodh.physics.spectra import vrmse
 
 GRID = Grid(shape=(8, 8, 8), spacing=(1.0, 1.0, 1.0), boundary=("periodic", "periodic", "periodic"))
@@ -28,12 +28,12 @@ def rotating_wave(num_states: int, angle: float = 0.3) -> torch.Tensor:
     return wave[..., None, None].expand(num_states, 2, 4, 4, 4).float()
 
 
-def turn(previous, current, medium, parameters):
-    return 2 * math.cos(0.3) * current - previous
+def turn(states, medium, parameters):
+    return 2 * math.cos(0.3) * states[:, -1] - states[:, -2]
 
 
-def stay(previous, current, medium, parameters):
-    return current
+def stay(states, medium, parameters):
+    return states[:, -1]
 
 
 def decode(latent, medium):
@@ -57,18 +57,19 @@ def measure(truth: TrueTrajectory, grid: Grid = GRID, medium: torch.Tensor | Non
 
 
 def test_rollout_of_the_exact_recurrence_follows_the_truth():
-    latents = rotating_wave(12)
-    rolled = roll_out(turn, latents[None, 0], latents[None, 1], torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 4), 10)
+    latents = rotating_wave(NUM_GIVEN + 10)
+    rolled = roll_out(turn, latents[None, :NUM_GIVEN], torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 4), 10)
     growth = 10**2 * torch.finfo(torch.float32).eps  # the recurrence is neutrally stable: errors grow like t^2 at most
-    assert (rolled[0] - latents[2:]).abs().max() < 2 * growth
+    assert (rolled[0] - latents[NUM_GIVEN:]).abs().max() < 2 * growth
 
 
 def test_starts_are_spread_where_twenty_steps_are_left_and_nothing_beyond_the_end_is_asked_for():
-    assert plan_steps(64).starts == (0, 21, 42) and plan_steps(25).starts == (0, 3) and plan_steps(24).starts == (0,)
-    for num_states in (3, 6, 21, 22, 25, 40, 64, 100):
+    starts = [plan_steps(NUM_GIVEN + left).starts for left in (22, 23, 62)]
+    assert starts == [(0,), (0, 3), (0, 21, 42)]
+    for num_states in (NUM_GIVEN + 1, 6, 21, 22, 25, 40, 64, 100):
         steps = plan_steps(num_states)
         assert int(steps.time.max()) <= num_states - 1
-        end = min(60, num_states - 2)
+        end = min(60, num_states - NUM_GIVEN)
         assert steps.step[steps.start == 0].tolist() == [*range(1, min(20, end) + 1), *range(22, end + 1, 2)]
         for start in steps.starts[1:]:
             assert steps.step[steps.start == start].tolist() == [k for k in STRUCTURE_STEPS if k <= 20]
@@ -78,8 +79,8 @@ def test_forecasts_of_all_starts_are_those_of_each_rolled_out_alone():
     truth, steps = true_trajectory(64), plan_steps(64)
     together = forecast_steps(turn, truth, steps)
     for start in steps.starts:
-        first = truth.latents[None, start], truth.latents[None, start + 1]
-        alone = roll_out(turn, *first, truth.medium[None], truth.parameters[None], 60)[0]
+        given = truth.latents[None, start : start + NUM_GIVEN]
+        alone = roll_out(turn, given, truth.medium[None], truth.parameters[None], 60)[0]
         pairs = steps.start == start
         assert torch.equal(together[pairs], alone[steps.step[pairs] - 1])
 
@@ -113,7 +114,7 @@ def test_standing_still_measures_persistence_at_its_analytic_size():
 
 
 def test_halved_amplitude_loses_three_quarters_of_the_energy_in_the_octave_that_holds_it():
-    measured = measure(true_trajectory(3), model=lambda *state: turn(*state) / 2)["model"]
+    measured = measure(true_trajectory(NUM_GIVEN + 1), model=lambda *state: turn(*state) / 2)["model"]
     assert measured["energy_drift"]["1"] == pytest.approx(-0.75, abs=1e-5)
     assert measured["octave_energy_ratio"]["1"][0] == pytest.approx(0.25, abs=1e-5)
     assert measured["vrmse"] == {"1": pytest.approx(0.5, abs=1e-5), "2-20": None, "20": None, "21-60": None}
@@ -121,7 +122,7 @@ def test_halved_amplitude_loses_three_quarters_of_the_energy_in_the_octave_that_
 
 
 def test_short_trajectories_average_the_steps_they_have():
-    measured = measure(true_trajectory(6), model=stay)["model"]
+    measured = measure(true_trajectory(NUM_GIVEN + 4), model=stay)["model"]
     expected = [2 * math.sin(0.3 * step / 2) for step in range(1, 5)]
     assert measured["vrmse"]["2-20"] == pytest.approx(sum(expected[1:]) / 3, rel=1e-5)
     assert measured["vrmse"]["20"] is None and measured["energy_drift"]["21-60"] is None
@@ -130,15 +131,19 @@ def test_short_trajectories_average_the_steps_they_have():
 def test_silent_steps_enter_no_mean():
     truth = true_trajectory(9)
     velocity = truth.velocity.clone()
-    velocity[2] = 0
+    velocity[NUM_GIVEN] = 0
     measured = measure(truth._replace(velocity=velocity), model=turn)["model"]
     assert measured["vrmse"]["1"] is None
     assert measured["vrmse_per_step"][0] is None
     assert measured["vrmse"]["2-20"] < 1e-5
 
 
+def grow(states, medium, parameters):
+    return 10 * states[:, -1]
+
+
 def test_lost_forecasts_leave_no_mean_that_looks_better_for_them():
-    measured = measure(true_trajectory(24), model=lambda *state: 10 * state[1])["model"]  # beyond 1e6 from step 7 on
+    measured = measure(true_trajectory(NUM_GIVEN + 22), model=grow)["model"]  # beyond 1e6 from step 7 on
     assert measured["vrmse_per_step"][5] > 1 and measured["vrmse_per_step"][6:] == [None] * 16
     assert measured["vrmse"]["2-20"] is None and measured["energy_drift"]["20"] is None
     assert measured["octave_energy_ratio"]["20"] == [None, None]
@@ -147,10 +152,11 @@ def test_lost_forecasts_leave_no_mean_that_looks_better_for_them():
 
 
 def test_permeability_halves_with_the_flow_and_walls_feel_half_the_shear():
-    truth = true_trajectory(5)
+    flow = torch.tensor([1.0] * (NUM_GIVEN - 1) + [-2.0, 3.0, -2.0, 1.5])[:, None, None, None]
+    truth = true_trajectory(len(flow))
     profile = (torch.arange(8) + 0.5) / 8  # linear: sticks to the lower wall along y
-    velocity = torch.zeros(5, 3, 8, 8, 8)
-    velocity[:, 0] = profile[None, None, :, None] * torch.tensor([1.0, -2.0, 3.0, -2.0, 1.5])[:, None, None, None]
+    velocity = torch.zeros(len(flow), 3, 8, 8, 8)
+    velocity[:, 0] = profile[None, None, :, None] * flow
     rock = (torch.arange(512).reshape(8, 8, 8) % 5 > 0).float()
     grid = Grid(shape=GRID.shape, spacing=GRID.spacing, boundary=("periodic", "wall", "periodic"))
     truth = truth._replace(velocity=velocity)
@@ -167,7 +173,7 @@ def test_permeability_halves_with_the_flow_and_walls_feel_half_the_shear():
 
 
 def test_short_rollout_is_the_long_one_up_to_step_20():
-    truth = true_trajectory(23)
+    truth = true_trajectory(NUM_GIVEN + 21)
     short, long = measure_short_rollout(stay, decode, truth), measure(truth, model=stay)["model"]["vrmse"]
     assert set(short) == {"1", "2-20", "20"}
     assert short["1"] == pytest.approx(long["1"]) and short["20"] == pytest.approx(long["20"])
@@ -194,7 +200,7 @@ def test_average_of_measurements_skips_missing_numbers():
 def test_vrmse_of_rollout_is_that_of_the_physics_room():
     truth = true_trajectory(6)
     measured = measure(truth, model=stay)["model"]
-    frozen, _ = decode(truth.latents[1:2], None)
+    frozen, _ = decode(truth.latents[NUM_GIVEN - 1 : NUM_GIVEN], None)
     assert measured["vrmse_per_step"][-1] == vrmse(frozen, truth.velocity[-1:]).item()
 
 

@@ -10,7 +10,7 @@ from conftest import make_domain
 from shodh.evaluation.held_out import HeldOutDomain
 from shodh.evaluation.rollout import TrueTrajectory
 from shodh.evaluation.skill import average_guesses, measure_skill
-from shodh.fields import CONDITIONS, DecodedFields, Grid, Routing
+from shodh.fields import CONDITIONS, NUM_GIVEN, DecodedFields, Grid, Routing
 from shodh.physics.spectra import vrmse
 
 SIZE, CHANNELS = 4, 3
@@ -44,20 +44,20 @@ def route(states: torch.Tensor) -> tuple[Routing, ...]:
 
 
 def make_model(factor: float):
-    def model(previous, current, medium, parameters):
-        return SimpleNamespace(latent=factor * current, routings=route(current))
+    def model(states, medium, parameters):
+        return SimpleNamespace(latent=factor * states[:, -1], routings=route(states))
 
     return model
 
 
-@pytest.mark.parametrize("num_states", [3, 6, 25, 64])
+@pytest.mark.parametrize("num_states", [NUM_GIVEN + 1, 6, 25, 64])
 def test_a_perfect_forecast_has_no_error_and_one_that_persists_has_that_of_persistence(num_states):
     held_out = make_held_out(num_states)
     (perfect,), (kept,) = (measure_skill(make_model(f), [held_out])["domains"].values() for f in (1.1, 1.0))
     # round-off of at most 60 products in a row, each of half a unit in the last place
     assert perfect["latent_mse_over_persistence"] < 1e-8 and kept["latent_mse_over_persistence"] == pytest.approx(1)
-    for span, reached in (("1", 3), ("2-20", 4), ("20", 22), ("21-60", 32)):
-        if num_states < reached:
+    for span, reached in (("1", 1), ("2-20", 2), ("20", 20), ("21-60", 30)):
+        if num_states < NUM_GIVEN + reached:
             assert perfect[span] == {"vrmse": None, "persistence_vrmse": None}
             continue
         assert perfect[span]["vrmse"] < 60 * 2.0**-23
@@ -67,24 +67,24 @@ def test_a_perfect_forecast_has_no_error_and_one_that_persists_has_that_of_persi
 
 
 def test_error_at_step_20_is_that_of_a_rollout_by_hand():
-    held_out = make_held_out(22, num_trajectories=1)
+    held_out = make_held_out(NUM_GIVEN + 20, num_trajectories=1)
     (block,) = measure_skill(make_model(1.05), [held_out])["domains"].values()
-    truth = held_out.trajectories[0].velocity
-    by_hand = vrmse(truth[1:2] * 1.05**20, truth[21:22]).item()
+    current, truth = (held_out.trajectories[0].velocity[None, t] for t in (NUM_GIVEN - 1, NUM_GIVEN + 19))
+    by_hand = vrmse(current * 1.05**20, truth).item()
     assert block["20"]["vrmse"] == pytest.approx(by_hand, rel=1e-4)  # 20 FP32 products
-    assert block["20"]["persistence_vrmse"] == pytest.approx(vrmse(truth[1:2], truth[21:22]).item())
+    assert block["20"]["persistence_vrmse"] == pytest.approx(vrmse(current, truth).item())
 
 
 @pytest.mark.parametrize("factor", [1e9, math.nan])
 def test_a_rollout_that_does_not_stay_finite_has_no_error_that_could_flatter_it(factor):
-    (block,) = measure_skill(make_model(factor), [make_held_out(25)])["domains"].values()
+    (block,) = measure_skill(make_model(factor), [make_held_out(NUM_GIVEN + 23)])["domains"].values()
     assert block["20"]["vrmse"] is None and block["2-20"]["vrmse"] is None
     assert block["20"]["persistence_vrmse"] > 0
 
 
 def test_silent_states_have_no_relative_error():
-    held_out = make_held_out(6, num_trajectories=1)
-    held_out.trajectories[0].velocity[2:4] *= 1e-6
+    held_out = make_held_out(NUM_GIVEN + 4, num_trajectories=1)
+    held_out.trajectories[0].velocity[NUM_GIVEN : NUM_GIVEN + 2] *= 1e-6
     (block,) = measure_skill(make_model(1.1), [held_out])["domains"].values()
     assert block["2-20"]["vrmse"] is None or block["2-20"]["vrmse"] < 1
     assert average_guesses([{"vrmse": [], "persistence_vrmse": []}]) == {"vrmse": None, "persistence_vrmse": None}

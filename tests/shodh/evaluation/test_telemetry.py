@@ -6,7 +6,7 @@ from live_training import LiveRun, router_of, train_live
 
 from shodh.evaluation.routing import count_routing, merge_counts, summarise
 from shodh.evaluation.telemetry import MeasureFlips, gather_routing, routing_scalars
-from shodh.fields import CONDITIONS, LatentBatch, Routing
+from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch, Routing
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 from shodh.training.engine import distributed
 from shodh.training.loop import StepRecord
@@ -80,7 +80,10 @@ def test_flip_rate_counts_probe_tokens_that_moved_since_the_last_measurement():
     sizes = {"width": 16, "num_heads": 2, "hidden": 8, "semantic_width": 4, "num_experts": 3, "depth": 2}
     model = LatentTransformer(TransformerConfig(latent_channels=2, medium_channels=1, **sizes))
     probe = LatentBatch(
-        torch.randn(2, 3, 2, 2, 2, 2), torch.randn(2, 1, 2, 2, 2), torch.randn(2, len(CONDITIONS)), torch.tensor([0, 1])
+        torch.randn(2, NUM_GIVEN + 1, 2, 2, 2, 2),
+        torch.randn(2, 1, 2, 2, 2),
+        torch.randn(2, len(CONDITIONS)),
+        torch.tensor([0, 1]),
     )
     hook = MeasureFlips(model, probe, ("a", "b"), interval=2)
     first, same, moved = (StepRecord(step, {}, 1.0, []) for step in (2, 4, 6))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from shodh.evaluation.telemetry import MeasureRouting
-from shodh.fields import CONDITIONS, LatentBatch
+from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
 from shodh.model.router import find_routers
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 from shodh.training.balance import AdjustBias
@@ -37,7 +37,7 @@ def share(step: int, group: ProcessGroup) -> Iterator[LatentBatch]:
     """This rank's part of every micro-batch; the first half of each is of one domain, the second of the other."""
     for micro_step in range(ACCUMULATION * step, 1000):
         torch.manual_seed(micro_step)
-        states, medium = torch.randn(BATCH, 4, 4, 2, 2, 2), torch.randn(BATCH, 2, 2, 2, 2)
+        states, medium = torch.randn(BATCH, NUM_GIVEN + 2, 4, 2, 2, 2), torch.randn(BATCH, 2, 2, 2, 2)
         whole = LatentBatch(states, medium, torch.randn(BATCH, len(CONDITIONS)), torch.arange(BATCH) // (BATCH // 2))
         size = BATCH // group.size
         yield LatentBatch(*(values[group.rank * size : (group.rank + 1) * size] for values in whole))
@@ -50,7 +50,7 @@ def main(file: Path) -> None:
         engine = build_engine(
             model, EngineConfig(batch_size=BATCH, accumulation=ACCUMULATION, zero_stage=0), group.device
         )
-        objective = ForecastObjective(ForecastConfig(information_weight=0.3, bias_rate=0.05, unroll=2, unroll_from=2))
+        objective = ForecastObjective(ForecastConfig(information_weight=0.3, bias_rate=0.05, unroll=((2, 2),)))
         routing = MeasureRouting(("a", "b"), interval=1)
         keep = Keep(routing)
         loop = LoopConfig(schedule=ScheduleConfig(num_steps=NUM_STEPS, learning_rate=0.01, num_warmup_steps=1))

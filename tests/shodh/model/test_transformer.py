@@ -5,9 +5,9 @@ import inspect
 import pytest
 import torch
 
-from shodh.fields import CONDITIONS, LatentBatch
+from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
 from shodh.model.embedding import from_tokens, rotary_angles, rotate, to_tokens
-from shodh.model.transformer import LatentTransformer, TransformerConfig, count_parameters
+from shodh.model.transformer import LatentTransformer, TransformerConfig, backward_differences, count_parameters
 
 SMALL = TransformerConfig(
     latent_channels=4, medium_channels=2, width=24, depth=2, num_heads=2, num_experts=4, hidden=16
@@ -15,7 +15,7 @@ SMALL = TransformerConfig(
 
 
 def make_batch(num: int = 6, n: int = 4) -> LatentBatch:
-    states = torch.randn(num, 3, 4, n, n, n)
+    states = torch.randn(num, NUM_GIVEN + 1, 4, n, n, n)
     return LatentBatch(states, torch.randn(num, 2, n, n, n), torch.rand(num, len(CONDITIONS)), torch.arange(num) % 3)
 
 
@@ -28,7 +28,7 @@ def make_model(config: TransformerConfig = SMALL) -> LatentTransformer:
 
 
 def predict(model: LatentTransformer, batch: LatentBatch):
-    return model(batch.previous, batch.current, batch.medium, batch.parameters)
+    return model(batch.given, batch.medium, batch.parameters)
 
 
 def test_untrained_model_predicts_persistence():
@@ -37,9 +37,7 @@ def test_untrained_model_predicts_persistence():
 
 
 def test_model_has_no_input_for_a_domain():
-    assert list(inspect.signature(LatentTransformer.forward).parameters) == [
-        "self", "previous", "current", "medium", "parameters",
-    ]  # fmt: skip
+    assert list(inspect.signature(LatentTransformer.forward).parameters) == ["self", "states", "medium", "parameters"]
 
 
 def test_samples_of_a_batch_do_not_see_each_other():
@@ -51,11 +49,16 @@ def test_samples_of_a_batch_do_not_see_each_other():
 def test_parameters_and_medium_and_past_all_matter():
     model, batch = make_model(), make_batch()
     expected = predict(model, batch).latent
-    previous = torch.tensor([0.5, 0.0, 0.0]).reshape(1, 3, 1, 1, 1, 1)
-    changes = {"states": previous, "medium": 0.5, "parameters": 0.5}
-    for name, change in changes.items():
+    states = 0.5 * torch.eye(NUM_GIVEN, NUM_GIVEN + 1)[:-1].reshape(NUM_GIVEN - 1, 1, -1, 1, 1, 1, 1)
+    changes = [*(("states", change) for change in states), ("medium", 0.5), ("parameters", 0.5)]
+    for name, change in changes:
         changed = batch._replace(**{name: getattr(batch, name) + change})
         assert not torch.allclose(predict(model, changed).latent, expected, atol=1e-4), name
+
+
+def test_differences_of_a_power_of_time_end_at_its_order():
+    time = torch.arange(4.0).reshape(1, 4, 1, 1, 1, 1)
+    assert [float(d) for d in backward_differences(time**2)] == [9.0, 5.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize("patch", [1, 2])

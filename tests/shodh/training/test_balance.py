@@ -70,7 +70,8 @@ def test_there_is_no_information_where_samples_do_not_differ(expert):
 
 
 def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_parts():
-    score = torch.randn(24, 4, requires_grad=True)
+    score = torch.randn(24, 4) + 3 * torch.eye(4)[0]  # one expert leads, so shares are not even enough
+    score.requires_grad_()
 
     def routing_of(rows: torch.Tensor) -> Routing:
         probability = rows.softmax(-1)
@@ -86,6 +87,20 @@ def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_p
     (found,) = torch.autograd.grad(torch.stack(parts).mean(), score)
     assert torch.stack(parts).mean().item() == pytest.approx(exact.item(), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("experts", "asks"), [((0, 1, 2, 3), False), ((0, 1, 2, 2), True)])
+def test_three_kinds_of_which_one_has_two_experts_are_not_asked_to_share_them(experts, asks):
+    """Only where an expert is idle does the entropy of the shares have a gradient."""
+    expert = torch.tensor([experts[0], experts[0], experts[1], experts[1], *experts[2:]]).repeat_interleave(5)
+    score = 4.0 * torch.nn.functional.one_hot(expert, 4)
+    score.requires_grad_()
+    probability = score.softmax(-1)
+    routing = Routing(*reversed(probability.topk(1, dim=-1)), probability, score)
+    loss = information_loss(routing, 6, measure_load([routing], 6).probability[0])
+    decided = torch.special.entr(sample_probability(routing, 6)).sum(-1).mean()
+    found, alone = (torch.autograd.grad(value, score, retain_graph=True)[0] for value in (loss, decided))
+    assert torch.allclose(found, alone) != asks
 
 
 def test_loads_add_up_over_micro_batches():

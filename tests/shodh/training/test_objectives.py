@@ -1,12 +1,9 @@
 """The forecast error against closed forms, and unrolled training."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import pytest
 import torch
 
-from shodh.fields import CONDITIONS, LatentBatch
+from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
 from shodh.model.transformer import Forecast, LatentTransformer, TransformerConfig
 from shodh.training.objectives import ForecastConfig, ForecastObjective, relative_errors
 
@@ -31,20 +28,15 @@ def test_an_error_that_all_cells_share_is_all_mean():
     assert float(relative_errors(shared - shared, change, floor=0.0)["mean"]) == 0.0
 
 
-class Call(NamedTuple):
-    previous: torch.Tensor
-    current: torch.Tensor
-
-
 class Spy:
     """A model that adds one to the state, and remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.model, self.calls = LatentTransformer(SMALL), list[Call]()
+        self.model, self.calls = LatentTransformer(SMALL), list[torch.Tensor]()
 
-    def __call__(self, previous, current, medium, parameters) -> Forecast:
-        self.calls.append(Call(previous, current))
-        return self.model(previous, current, medium, parameters)._replace(latent=current + 1)
+    def __call__(self, states, medium, parameters) -> Forecast:
+        self.calls.append(states)
+        return self.model(states, medium, parameters)._replace(latent=states[:, -1] + 1)
 
 
 def make_batch(num_states: int) -> LatentBatch:
@@ -52,18 +44,20 @@ def make_batch(num_states: int) -> LatentBatch:
     return LatentBatch(states, torch.zeros(6, 2, 4, 4, 4), torch.zeros(6, len(CONDITIONS)), torch.zeros(6).long())
 
 
-def predictions(unroll: int, step: int) -> Iterator[float]:
-    spy, objective = Spy(), ForecastObjective(ForecastConfig(unroll=unroll, unroll_from=10))
+def asked(step: int, unroll: tuple[tuple[int, int], ...]) -> list[list[float]]:
+    """The states given at each call; all values of a state are its number."""
+    spy, objective = Spy(), ForecastObjective(config := ForecastConfig(unroll=unroll))
     objective.begin_step(step)
-    terms, routed = objective(spy, make_batch(2 + unroll))
+    terms, routed = objective(spy, make_batch(config.num_states))
     assert float(terms["data"]) == 0.0  # the states do grow by one
     assert len(routed.routings) == SMALL.depth
-    return (float(call.current.mean()) for call in spy.calls)
+    return [states[0, :, 0, 0, 0, 0].tolist() for states in spy.calls]
 
 
 def test_unrolled_training_feeds_predictions_back_and_only_from_its_step_on():
-    assert list(predictions(unroll=3, step=9)) == [1.0]
-    assert list(predictions(unroll=3, step=10)) == [1.0, 2.0, 3.0]
+    first, *further = ([float(k + i) for i in range(NUM_GIVEN)] for k in range(3))
+    for step, expected in ((9, [first]), (10, [first, *further]), (19, [first, *further]), (20, [first, further[0]])):
+        assert asked(step, ((10, 3), (20, 2))) == expected
 
 
 def test_gradient_flows_through_all_steps_of_a_rollout():
@@ -71,14 +65,15 @@ def test_gradient_flows_through_all_steps_of_a_rollout():
     torch.manual_seed(0)
     model = LatentTransformer(SMALL)
     torch.nn.init.normal_(model.out.weight, std=0.1)
-    batch = make_batch(5)._replace(states=torch.randn(6, 5, 4, 4, 4, 4))
+    batch = make_batch(NUM_GIVEN + 3)
+    batch = batch._replace(states=torch.randn(batch.states.shape))
 
-    def cut(previous, current, medium, parameters) -> Forecast:
-        return model(previous.detach(), current.detach(), medium, parameters)
+    def cut(states, medium, parameters) -> Forecast:
+        return model(states.detach(), medium, parameters)
 
     losses, gradients = [], []
     for engine in (model, cut):
-        objective = ForecastObjective(ForecastConfig(unroll=3))
+        objective = ForecastObjective(ForecastConfig(unroll=((0, 3),)))
         objective.begin_step(0)
         model.zero_grad()
         loss = objective(engine, batch)[0]["total"]
@@ -89,7 +84,12 @@ def test_gradient_flows_through_all_steps_of_a_rollout():
     assert not torch.allclose(*gradients, rtol=1e-3)
 
 
-@pytest.mark.parametrize("bad", [{"unroll": 0}, {"information_weight": -0.1}, {"bias_rate": -1.0}])
+UNROLLS = [((0, 0),), ((5, 2), (5, 3)), ((5, 2), (4, 3)), ((-1, 2),)]
+
+
+@pytest.mark.parametrize(
+    "bad", [*({"unroll": unroll} for unroll in UNROLLS), {"information_weight": -0.1}, {"bias_rate": -1.0}]
+)
 def test_a_config_that_means_nothing_is_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         ForecastConfig(**bad)
