@@ -51,11 +51,11 @@ transfer-latents: setup
 transfer: transfer-latents
 	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml
 
-CONTROLS := shodh,solo,solo_dense,dense_flops,dense_parameters,oracle,hash
+CONTROLS := shodh,solo,dense_flops,dense_parameters,oracle,hash
 
 ablations: transfer-latents
 	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml \
-	    'variants=[$(CONTROLS),pair,untold,free,top2,top4]'
+	    'variants=[$(CONTROLS),solo_dense,pair,untold,free,top2,top4]'
 	$(BIN)/python benchmarks/specialisation.py
 
 forecast: transfer-latents

@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> None:
     from data.mixture import LatentMixture, stream
     from shodh.config import load_config, to_plain
     from shodh.evaluation.alarm_hook import RaiseAlarms
-    from shodh.evaluation.hooks import MeasureDivergence, MeasureForecast, MeasureRollout, take_probe
+    from shodh.evaluation.hooks import MeasureForecast, MeasureRollout, take_probe
     from shodh.evaluation.telemetry import FLIP_INTERVAL, MeasureFlips, MeasureRouting
     from shodh.model.router import find_routers
     from shodh.model.transformer import LatentTransformer
@@ -49,7 +49,6 @@ def main(arguments: list[str]) -> None:
                 RaiseAlarms(routing, engine, log, config.model.top_k, settle),
                 MeasureFlips(model, take_probe(probes), config.domains, FLIP_INTERVAL),
                 MeasureForecast(model, probes, config.measure_interval),
-                MeasureDivergence(model, probes, config.measure_interval),
                 MeasureRollout(model, probes, config.measure_interval),
             ],
             folder=config.run,

@@ -96,6 +96,8 @@ class _Worker:
 
     def do(self, name: str, log: Path) -> Answer:
         """Have a job done; why it failed, if it did."""
+        if self.process is not None and self.process.poll() is not None:  # died between two jobs
+            self.end()
         process = self.process = self.process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:

@@ -1,10 +1,11 @@
 """Short real trainings on three and more kinds of made-up physics, whose routers tests damage while they run."""
 
 import json
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class LiveRun:
     top_k: int = 1
     batch_size: int = 12
     objective: ForecastConfig = ForecastConfig()
+    zero_stage: Literal[0, 1] = 0
     reversed_from: int | None = None  # step from which on imbalance is rewarded
 
 
@@ -75,7 +77,8 @@ def train_live(run: LiveRun, folder: Path, damage: Damage | None = None) -> tupl
             **sizes,
         )
     )
-    engine = build_engine(model, EngineConfig(batch_size=run.batch_size, zero_stage=0), torch.device("cpu"))
+    config = EngineConfig(batch_size=run.batch_size, zero_stage=run.zero_stage)
+    engine = build_engine(model, config, torch.device("cpu"))
     names = [f"physics{index}" for index in range(len(run.weights))]
     routing, keep = MeasureRouting(names, interval=1), Keep()
     bias = AdjustBias([router_of(model, layer) for layer in range(run.depth)], run.objective.bias_rate)
@@ -133,6 +136,19 @@ def swamp(layer: int, expert: int, first: int) -> Damage:
             router = router_of(model, layer)
             direction = torch.nn.functional.normalize(router.prototype[expert], dim=0)
             router.context.weight[:, router.token.in_features :] = 10 * direction[:, None]  # of the tokens' spread
+
+    return damage
+
+
+def spoil(first: int) -> Damage:
+    """The gradient of the step after ``first`` is not finite, though its loss is."""
+    hooks = []
+
+    def damage(model: LatentTransformer, step: int) -> None:
+        if step == first:
+            hooks.append(model.out.weight.register_hook(lambda gradient: gradient * math.inf))
+        elif hooks:
+            hooks.pop().remove()
 
     return damage
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from shodh.evaluation.alarms import find_collapse, find_rank_alarms, find_starvation
+from shodh.evaluation.alarms import find_collapse, find_rank_alarms, find_starvation, leave_out_collapsed
 from shodh.evaluation.telemetry import MeasureRouting, StepRouting
 from shodh.training.alarm_log import Alarm, AlarmLog
 from shodh.training.loop import StepRecord
@@ -63,17 +63,16 @@ class RaiseAlarms:
             return []
         choices = np.sum([step.choices.numpy() for step in self.steps], axis=0)
         whole = choices.sum(0)
-        alarms = find_collapse(domain_loads(whole), self.top_k)
+        alarms = collapsed = find_collapse(domain_loads(whole), self.top_k)
         if len(choices) > 1:
             num_samples = np.sum([step.num_samples.numpy() for step in self.steps], axis=0)
             seconds = np.median([step.seconds.numpy() for step in self.steps], axis=0)  # one slow step is no slow rank
-            alarms += find_rank_alarms(choices, num_samples, seconds)
+            alarms = alarms + find_rank_alarms(choices, num_samples, seconds)
         if self.num_judged % WINDOW == 0:
             self.windows.append(whole)
             if len(self.windows) == NUM_WINDOWS:
-                layers = {alarm.layer for alarm in alarms if alarm.kind == "collapse"}
                 starving = find_starvation(domain_loads(np.sum(self.windows, axis=0)), self.top_k)
-                alarms += [alarm for alarm in starving if alarm.layer not in layers]
+                alarms = alarms + leave_out_collapsed(starving, collapsed)
         return alarms
 
     def _find_skipped(self) -> list[Alarm]:

@@ -1,7 +1,7 @@
 """What a person should look at in a run, each as one sentence with its remedy. Imports no torch: reports use it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,15 @@ def most_lopsided(num_domains: int, top_k: int) -> float:
 
 
 def find_routing_alarms(load: np.ndarray, top_k: int = 1) -> list[Alarm]:
-    """Collapse and starvation, layer by layer; the starved experts of a collapsed layer go without saying."""
+    """Collapse and starvation, layer by layer."""
     collapsed = find_collapse(load, top_k)
+    return collapsed + leave_out_collapsed(find_starvation(load, top_k), collapsed)
+
+
+def leave_out_collapsed(starving: Sequence[Alarm], collapsed: Sequence[Alarm]) -> list[Alarm]:
+    """The starved experts of a collapsed layer go without saying."""
     layers = {alarm.layer for alarm in collapsed}
-    return collapsed + [alarm for alarm in find_starvation(load, top_k) if alarm.layer not in layers]
+    return [alarm for alarm in starving if alarm.layer not in layers]
 
 
 def find_collapse(load: np.ndarray, top_k: int = 1) -> list[Alarm]:

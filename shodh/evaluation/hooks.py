@@ -14,7 +14,10 @@ from shodh.training.loop import StepRecord
 
 
 class MeasureForecast:
-    """On a held-out trajectory per domain: one-step error over persistence."""
+    """On a held-out trajectory per domain: one-step error over persistence, and FP64 divergence (or curl) decoded.
+
+    Any divergence but 0.0 is a defect.
+    """
 
     def __init__(self, model: nn.Module, probes: Sequence[HeldOutDomain], interval: int) -> None:
         self.model, self.probes, self.interval = model, probes, interval
@@ -26,22 +29,9 @@ class MeasureForecast:
             forecast = self.model(batch.given, batch.medium, batch.parameters)
             error = measure_one_step(lambda *_, latent=forecast.latent: latent, batch)
             record.scalars[f"forecast/mse_over_persistence/{name}"] = error["ratio"]
-
-
-class MeasureDivergence:
-    """FP64 divergence (or curl) of decoded forecasts of a held-out trajectory; any value but 0.0 is a defect."""
-
-    def __init__(self, model: nn.Module, probes: Sequence[HeldOutDomain], interval: int) -> None:
-        self.model, self.probes, self.interval = model, probes, interval
-
-    @torch.no_grad()
-    def after_step(self, record: StepRecord) -> None:
-        for probe in due(self.probes, self.interval, record):
-            batch = successive_states(probe.trajectories[0], 0)
-            forecast = self.model(batch.given, batch.medium, batch.parameters)
             flux = probe.decode(forecast.latent[-1:], batch.medium[-1:]).flux
             measured = summarise_sums(sum_conservation(flux, probe))
-            record.scalars[f"divergence/max_abs/{probe.domain.name}"] = measured["max_abs"]
+            record.scalars[f"divergence/max_abs/{name}"] = measured["max_abs"]
 
 
 class MeasureRollout:

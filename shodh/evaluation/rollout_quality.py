@@ -72,26 +72,22 @@ def measure_rollouts(
     forecast would do with this tokenizer.
     """
     steps = plan_steps(len(truth.latents))
-    still = truth.medium
-
-    def decode_forecasts(latents: Tensor, lost: Tensor) -> Callable[[Tensor], Fields]:
-        def guess(pairs: Tensor) -> Fields:
-            kept = latents[pairs].masked_fill(lost[pairs], 0)
-            fields = decode(kept, still.expand(len(pairs), *still.shape))
-            velocity, pressure = (field.masked_fill(lost[pairs], math.nan) for field in fields)
-            return velocity, pressure
-
-        return guess
-
-    guesses: dict[str, Callable[[Tensor], Fields]] = {}
-    for name, predict in forecasters.items():
-        latents = forecast_steps(predict, truth, steps)
-        lost = ~(reduce(latents.abs(), "p c x y z -> p 1 1 1 1", "max") < LOST)
-        guesses[name] = decode_forecasts(latents, lost)
+    latents = {name: forecast_steps(predict, truth, steps) for name, predict in forecasters.items()}
+    guesses: dict[str, Callable[[Tensor], Fields]] = {
+        name: lambda pairs, latents=latents: decode_unless_lost(decode, latents[pairs], truth.medium)
+        for name, latents in latents.items()
+    }
     given, time = steps.given, steps.time
     guesses["persistence"] = lambda pairs: (truth.velocity[given[pairs]], truth.pressure[given[pairs]])
     guesses["decoded_truth"] = lambda pairs: (decoded_truth[0][time[pairs]], decoded_truth[1][time[pairs]])
     return {name: _measure_guess(guess, truth, steps, grid, medium) for name, guess in guesses.items()}
+
+
+def decode_unless_lost(decode: Decode, latents: Float[Tensor, "b c x y z"], medium: Float[Tensor, "m x y z"]) -> Fields:
+    """Velocity and pressure of latents of one medium, NaN where these left all bounds."""
+    lost = ~(reduce(latents.abs(), "b c x y z -> b 1 1 1 1", "max") < LOST)  # true of NaN
+    velocity, pressure = decode(latents.masked_fill(lost, 0), medium.expand(len(latents), *medium.shape))
+    return velocity.masked_fill(lost, math.nan), pressure.masked_fill(lost, math.nan)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import reduce
 from torch import Tensor
 
 from shodh.evaluation.held_out import HeldOutDomain, Model, successive_states
@@ -21,7 +20,7 @@ from shodh.evaluation.rollout import (
     measure_one_step,
     plan_steps,
 )
-from shodh.evaluation.rollout_quality import LOST, find_loud
+from shodh.evaluation.rollout_quality import decode_unless_lost, find_loud
 from shodh.evaluation.routing import count_routing, merge_counts, summarise
 from shodh.fields import NUM_GIVEN, Routing
 from shodh.physics.spectra import vrmse
@@ -91,10 +90,8 @@ def _measure_fields(
 
 def _decode(held_out: HeldOutDomain, latents: Tensor, medium: Tensor) -> Tensor:
     """Velocities of latents, NaN where these are lost."""
-    sane = reduce(latents.abs(), "b c x y z -> b 1 1 1 1", "max") < LOST  # false of NaN
-    parts = latents.where(sane, 0.0).split(AT_ONCE)
-    velocity = [held_out.decode(part, medium.expand(len(part), *medium.shape)).velocity for part in parts]
-    return torch.cat(velocity).where(sane, math.nan)
+    parts = latents.split(AT_ONCE)
+    return torch.cat([decode_unless_lost(lambda *i: held_out.decode(*i)[1:], part, medium)[0] for part in parts])
 
 
 def _compare(velocity: Tensor, truth: Tensor, loud: Tensor, time: Tensor, given: Tensor) -> dict[str, list[float]]:

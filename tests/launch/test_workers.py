@@ -13,7 +13,7 @@ from workers import run_jobs
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 WORKER = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, {launch!r})
 from workers import keep_answers, serve
@@ -27,6 +27,8 @@ def work(name):
         raise ValueError("width=3: odd. Change it.")
     if name == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == "leaves":
+        threading.Timer(0.1, os._exit, [3]).start()
     if name == "sleeps":
         (folder / "asleep").write_text(str(os.getpid()))
         time.sleep(600)
@@ -64,6 +66,20 @@ def test_a_job_that_fails_or_dies_is_named_with_its_reason_and_the_others_go_on(
     assert ends["fails"] == "ValueError: width=3: odd. Change it."
     assert "Traceback" in (tmp_path / "fails.log").read_text()
     assert ends["dies"] == "its process ended with code -9: at work on dies"
+
+
+def test_a_worker_that_died_between_two_jobs_is_started_again(command, tmp_path):
+    ends = {}
+
+    def wait_for_death(name: str, failure: str | None) -> None:
+        ends[name] = failure
+        time.sleep(1.0)
+
+    names = ["leaves", "next"]
+    run_jobs(command, {name: tmp_path / f"{name}.log" for name in names}, 1, tmp_path, wait_for_death)
+    assert ends == dict.fromkeys(names)
+    first, second = ((tmp_path / f"{name}.done").read_text() for name in names)
+    assert first != second
 
 
 def test_a_worker_that_cannot_start_fails_its_jobs_with_what_it_said(tmp_path):
