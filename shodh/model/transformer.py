@@ -99,7 +99,11 @@ class Block(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """Forecasts the next latent state. Its inputs are physics only: no domain name or index ever enters."""
+    """Forecasts the next latent state. Its inputs are physics only: no domain name or index ever enters.
+
+    Changes of slow and of nearly still samples are small beside their states: tokens are made of changes in units of
+    their own size, and the logarithms of the sizes join the conditions.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class LatentTransformer(nn.Module):
         num_inputs = NUM_GIVEN * channels + config.medium_channels
         self.embed = nn.Linear(num_inputs * cells, config.width)
         self.condition = nn.Sequential(
-            nn.Linear(len(CONDITIONS), config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+            nn.Linear(len(CONDITIONS) + NUM_GIVEN - 1, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
@@ -126,11 +130,14 @@ class LatentTransformer(nn.Module):
     ) -> Forecast:
         """The state one snapshot interval after the last of the NUM_GIVEN successive ``states``."""
         x, y, z = states.shape[-3:]
-        patch, grid, current = self.config.patch, (x, y, z), states[:, -1]
-        fields = torch.cat([*backward_differences(states), medium], 1)
-        tokens = self.embed(to_tokens(fields, patch))
+        patch, grid = self.config.patch, (x, y, z)
+        current, *changes = backward_differences(states)
+        fields = torch.cat([current, *changes, medium], 1)
+        sizes = [root_mean_square(change) for change in changes]
+        seen = [current, *(change / size for change, size in zip(changes, sizes, strict=True)), medium]
+        tokens = self.embed(to_tokens(torch.cat(seen, 1), patch))
         told = parameters if self.config.told else torch.zeros_like(parameters)
-        condition = functional.silu(self.condition(told))
+        condition = functional.silu(self.condition(torch.cat([told, *(size.flatten(1).log() for size in sizes)], 1)))
         places = (x // patch, y // patch, z // patch)
         angles = rotary_angles(places, self.config.width // self.config.num_heads, current.device)
         routings = []
@@ -156,9 +163,13 @@ def change_scale(states: Float[Tensor, "b t c x y z"]) -> Float[Tensor, "b 1 1 1
 
     Between a flow's turning points and its full swing changes differ tenfold, which normalised features do not show.
     """
-    values = states[:, -1] - states[:, -2], states[:, -1]
-    last, state = (reduce(value.float() ** 2, "b c x y z -> b 1 1 1 1", "mean") for value in values)
-    return (last + 0.01 * state + 1e-6).sqrt()
+    last, state = (root_mean_square(values) for values in (states[:, -1] - states[:, -2], states[:, -1]))
+    return (last**2 + 0.01 * state**2).sqrt()
+
+
+def root_mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b 1 1 1 1"]:
+    """Of each sample, FP32; at least a thousandth, whitened latents being of order 1."""
+    return (reduce(values.float() ** 2, "b c x y z -> b 1 1 1 1", "mean") + 1e-6).sqrt()
 
 
 def count_parameters(model: LatentTransformer) -> tuple[int, int]:

@@ -7,7 +7,13 @@ import torch
 
 from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
 from shodh.model.embedding import from_tokens, rotary_angles, rotate, to_tokens
-from shodh.model.transformer import LatentTransformer, TransformerConfig, backward_differences, count_parameters
+from shodh.model.transformer import (
+    LatentTransformer,
+    TransformerConfig,
+    backward_differences,
+    change_scale,
+    count_parameters,
+)
 
 SMALL = TransformerConfig(
     latent_channels=4, medium_channels=2, width=24, depth=2, num_heads=2, num_experts=4, hidden=16
@@ -59,6 +65,23 @@ def test_parameters_and_medium_and_past_all_matter():
 def test_differences_of_a_power_of_time_end_at_its_order():
     time = torch.arange(4.0).reshape(1, 4, 1, 1, 1, 1)
     assert [float(d) for d in backward_differences(time**2)] == [9.0, 5.0, 2.0, 0.0]
+
+
+def test_changes_are_seen_in_units_of_their_own_size_which_is_told():
+    model, medium, parameters = make_model(), torch.randn(3, 2, 4, 4, 4), torch.rand(3, len(CONDITIONS))
+    model.stencil.requires_grad_(False)
+    for kernel in model.stencil.kernels:
+        kernel.zero_()
+    current, first, second = torch.randn(3, 3, 4, 4, 4, 4)
+
+    def relative_change(factor: float) -> torch.Tensor:
+        early = current - factor * (2 * first - second)
+        states = torch.stack([early, current - factor * first, current], 1)
+        return (model(states, medium, parameters).latent - current) / change_scale(states)
+
+    assert not relative_change(10.0).allclose(relative_change(1.0), rtol=1e-2)
+    torch.nn.init.zeros_(model.condition[0].weight[:, len(CONDITIONS) :])
+    torch.testing.assert_close(relative_change(10.0), relative_change(1.0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("patch", [1, 2])
