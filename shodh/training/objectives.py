@@ -1,5 +1,6 @@
 """What pretraining minimises: the relative forecast error over one or several steps, and what balance.py asks."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,13 +26,17 @@ class ForecastConfig:
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
     # From which optimizer step on how many steps are predicted in a row, each from the predictions before; 1 at first.
     unroll: tuple[tuple[int, int], ...] = ()
+    # Likewise at most how many steps go before those, without gradient; 0 at first. Each optimizer step draws how many.
+    lead: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        starts = [start for start, _ in self.unroll]
-        if starts != sorted(set(starts)) or min(starts, default=0) < 0:
-            raise ValueError(f"unroll={self.unroll}: must be pairs of a step, ascending, and how many are predicted.")
-        if min((num for _, num in self.unroll), default=1) < 1:
-            raise ValueError(f"unroll={self.unroll}: there is nothing to predict. Give at least 1.")
+        for name, fewest in (("unroll", 1), ("lead", 0)):
+            stages = getattr(self, name)
+            starts = [start for start, _ in stages]
+            if starts != sorted(set(starts)) or min(starts, default=0) < 0:
+                raise ValueError(f"{name}={stages}: must be pairs of a step, ascending, and how many are predicted.")
+            if min((num for _, num in stages), default=1) < fewest:
+                raise ValueError(f"{name}={stages}: too few steps. Give at least {fewest}.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0 to switch it off.")
@@ -40,10 +45,15 @@ class ForecastConfig:
         """How many steps are predicted in a row at an optimizer step."""
         return [1, *(num for start, num in self.unroll if start <= step)][-1]
 
+    def longest_lead(self, step: int) -> int:
+        """How many steps at most go before those."""
+        return [0, *(num for start, num in self.lead if start <= step)][-1]
+
     @property
     def num_states(self) -> int:
         """How many successive states a batch must hold."""
-        return NUM_GIVEN + max((num for _, num in self.unroll), default=1)
+        starts = {0, *(start for start, _ in (*self.unroll, *self.lead))}
+        return NUM_GIVEN + max(self.num_predicted(step) + self.longest_lead(step) for step in starts)
 
 
 class RoutedBatch(NamedTuple):
@@ -58,23 +68,30 @@ class ForecastObjective:
 
     def __init__(self, config: ForecastConfig) -> None:
         self.config = config
-        self.num_predicted = 1
+        self.num_predicted, self.lead, self.place = 1, 0, 0.0
         self.load: GlobalLoad | None = None  # of the present step
 
     def begin_step(self, step: int) -> None:
+        draw = random.Random(step)  # the same on all ranks, and after a resume
         self.num_predicted = self.config.num_predicted(step)
+        self.lead, self.place = draw.randint(0, self.config.longest_lead(step)), draw.random()
         self.load = None
 
     def __call__(self, engine: Any, batch: LatentBatch) -> tuple[dict[str, Tensor], RoutedBatch]:
-        states = batch.given
+        spare = batch.states.shape[1] - NUM_GIVEN - self.lead - self.num_predicted
+        first = int(self.place * (spare + 1))  # where fewer states are used than there are: else the last ones never
+        states = batch.states[:, first : first + NUM_GIVEN]
+        with torch.no_grad():
+            for _ in range(self.lead):
+                states = follow(states, engine(states, batch.medium, batch.parameters).latent)
         terms, routings = [], []
-        for k in range(self.num_predicted):
+        for k in range(first + self.lead, first + self.lead + self.num_predicted):
             forecast = engine(states, batch.medium, batch.parameters)
             before, truth = batch.states[:, NUM_GIVEN + k - 1], batch.states[:, NUM_GIVEN + k]
             error = relative_errors(forecast.latent - truth, truth - before, self.config.change_floor)
             terms.append(error | self._weigh_routing(forecast.routings, len(states)))
             routings.append(forecast.routings)
-            states = torch.cat([states[:, 1:], forecast.latent[:, None]], 1)
+            states = follow(states, forecast.latent)
         mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
         detached = tuple(Routing(*(value.detach() for value in routing)) for routing in routings[0])
         return self._total(mean) | mean, RoutedBatch(detached, batch.domain)
@@ -93,6 +110,11 @@ class ForecastObjective:
         config = self.config
         routing = config.balance_weight * terms["balance"] + config.information_weight * terms["information"]
         return {"total": terms["data"] + config.mean_weight * terms["mean"] + routing + config.z_weight * terms["z"]}
+
+
+def follow(states: Float[Tensor, "b t c x y z"], latent: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b t c x y z"]:
+    """The given states one interval later."""
+    return torch.cat([states[:, 1:], latent[:, None]], 1)
 
 
 def relative_errors(

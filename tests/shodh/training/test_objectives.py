@@ -1,5 +1,7 @@
 """The forecast error against closed forms, and unrolled training."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -32,10 +34,11 @@ class Spy:
     """A model that adds one to the state, and remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.model, self.calls = LatentTransformer(SMALL), list[torch.Tensor]()
+        self.model, self.calls, self.graded = LatentTransformer(SMALL), list[torch.Tensor](), list[bool]()
 
     def __call__(self, states, medium, parameters) -> Forecast:
         self.calls.append(states)
+        self.graded.append(torch.is_grad_enabled())
         return self.model(states, medium, parameters)._replace(latent=states[:, -1] + 1)
 
 
@@ -44,9 +47,9 @@ def make_batch(num_states: int) -> LatentBatch:
     return LatentBatch(states, torch.zeros(6, 2, 4, 4, 4), torch.zeros(6, len(CONDITIONS)), torch.zeros(6).long())
 
 
-def asked(step: int, unroll: tuple[tuple[int, int], ...]) -> list[list[float]]:
+def asked(step: int, **stages: tuple[tuple[int, int], ...]) -> list[list[float]]:
     """The states given at each call; all values of a state are its number."""
-    spy, objective = Spy(), ForecastObjective(config := ForecastConfig(unroll=unroll))
+    spy, objective = Spy(), ForecastObjective(config := ForecastConfig(**stages))
     objective.begin_step(step)
     terms, routed = objective(spy, make_batch(config.num_states))
     assert float(terms["data"]) == 0.0  # the states do grow by one
@@ -55,9 +58,31 @@ def asked(step: int, unroll: tuple[tuple[int, int], ...]) -> list[list[float]]:
 
 
 def test_unrolled_training_feeds_predictions_back_and_only_from_its_step_on():
-    first, *further = ([float(k + i) for i in range(NUM_GIVEN)] for k in range(3))
-    for step, expected in ((9, [first]), (10, [first, *further]), (19, [first, *further]), (20, [first, further[0]])):
-        assert asked(step, ((10, 3), (20, 2))) == expected
+    for step, num in ((9, 1), (10, 3), (19, 3), (20, 2)):
+        calls = asked(step, unroll=((10, 3), (20, 2)))
+        first = calls[0][0]
+        assert calls == [[first + k + i for i in range(NUM_GIVEN)] for k in range(num)]
+
+
+def test_steps_that_lead_up_are_predicted_and_of_every_length_and_all_states_get_their_turn():
+    """Batches hold NUM_GIVEN + 4 + 2 states, the last of which nothing is predicted from."""
+    leads, seen = set(), set()
+    for step in range(10, 300):
+        calls = asked(step, unroll=((0, 2),), lead=((10, 4),))
+        leads.add(len(calls) - 2)
+        seen.update(number for call in calls for number in call)
+        assert all(after[0] == before[0] + 1 for before, after in itertools.pairwise(calls))
+    assert leads == set(range(5)) and seen == set(range(NUM_GIVEN + 5))
+    assert {len(asked(step, unroll=((0, 2),), lead=((10, 4),))) for step in range(10)} == {2}
+
+
+def test_steps_that_lead_up_have_no_gradient():
+    config = ForecastConfig(unroll=((0, 2),), lead=((0, 4),))
+    for step in range(20):
+        spy, objective = Spy(), ForecastObjective(config)
+        objective.begin_step(step)
+        objective(spy, make_batch(config.num_states))
+        assert spy.graded == [False] * objective.lead + [True, True]
 
 
 def test_gradient_flows_through_all_steps_of_a_rollout():
@@ -88,7 +113,13 @@ UNROLLS = [((0, 0),), ((5, 2), (5, 3)), ((5, 2), (4, 3)), ((-1, 2),)]
 
 
 @pytest.mark.parametrize(
-    "bad", [*({"unroll": unroll} for unroll in UNROLLS), {"information_weight": -0.1}, {"bias_rate": -1.0}]
+    "bad",
+    [
+        *({"unroll": unroll} for unroll in UNROLLS),
+        {"lead": ((0, -1),)},
+        {"information_weight": -0.1},
+        {"bias_rate": -1.0},
+    ],
 )
 def test_a_config_that_means_nothing_is_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
