@@ -16,8 +16,8 @@ from shodh.fields import Routing
 from shodh.training.loop import StepRecord
 
 # Of the largest entropy that shares of experts can have. Three kinds of physics cannot fill four experts evenly unless
-# one expert mixes them; two of them sharing one kind have 0.96.
-EVEN_ENOUGH = 0.95
+# one expert mixes them: two of four that share one kind have 0.96 if they halve it, and 0.87 if one takes a tenth.
+EVEN_ENOUGH = 0.87
 
 
 class GlobalLoad(NamedTuple):
@@ -58,14 +58,14 @@ def balance_loss(routing: Routing, choices: Float[Tensor, "e"]) -> Float[Tensor,
     return len(share) * (share * reduce(routing.probability, "n e -> e", "mean")).sum()
 
 
-def information_loss(routing: Routing, num_samples: int, global_probability: Float[Tensor, "e"]) -> Float[Tensor, ""]:
+def information_loss(here: Float[Tensor, "b e"], global_probability: Float[Tensor, "e"]) -> Float[Tensor, ""]:
     """Minus the mutual information of sample and expert, in nats: H(expert | sample) - H(expert).
 
+    ``here`` holds each sample's probability of each expert, ``global_probability`` their sum over the global batch.
     It asks for samples that know their expert and experts that share the samples, whatever the samples are: no label
     enters. H(expert) is that of the global batch; its gradient flows through the samples here, and only until the
     shares are even enough. Krause et al., Discriminative Clustering by Regularized Information Maximization (2010).
     """
-    here = sample_probability(routing, num_samples)
     whole = global_probability / global_probability.sum()
     surprise = (here.mean(0) * whole.clamp_min(1e-12).log()).sum()  # minus the entropy, where here and whole agree
     even = torch.special.entr(whole).sum() >= EVEN_ENOUGH * math.log(len(whole))

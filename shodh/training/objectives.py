@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shodh.fields import NUM_GIVEN, LatentBatch, Routing
-from shodh.training.balance import GlobalLoad, balance_loss, information_loss, measure_load, z_loss
+from shodh.training.balance import GlobalLoad, balance_loss, information_loss, measure_load, sample_probability, z_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +93,27 @@ class ForecastObjective:
             routings.append(forecast.routings)
             states = follow(states, forecast.latent)
         mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+        mean["information"] = self._inform(routings, len(states))
         detached = tuple(Routing(*(value.detach() for value in routing)) for routing in routings[0])
         return self._total(mean) | mean, RoutedBatch(detached, batch.domain)
 
     def _weigh_routing(self, routings: Sequence[Routing], num_samples: int) -> dict[str, Tensor]:
         load = measure_load(routings, num_samples)
         self.load = load if self.load is None else self.load + load
-        layers = list(zip(routings, *self.load, strict=True))
+        layers = zip(routings, self.load.choices, strict=True)
         return {
-            "balance": torch.stack([balance_loss(routing, choices) for routing, choices, _ in layers]).mean(),
-            "information": torch.stack([information_loss(r, num_samples, whole) for r, _, whole in layers]).mean(),
+            "balance": torch.stack([balance_loss(routing, choices) for routing, choices in layers]).mean(),
             "z": torch.stack([z_loss(routing) for routing in routings]).mean(),
         }
+
+    def _inform(self, steps: Sequence[Sequence[Routing]], num_samples: int) -> Tensor:
+        """Of experts and trajectories: a sample's probabilities are their mean over the steps predicted in a row."""
+        assert self.load is not None, "every step was weighed"
+        losses = []
+        for layer, whole in enumerate(self.load.probability):
+            here = torch.stack([sample_probability(routings[layer], num_samples) for routings in steps]).mean(0)
+            losses.append(information_loss(here, whole))
+        return torch.stack(losses).mean()
 
     def _total(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.config

@@ -49,6 +49,26 @@ class JoinedOptimizer(torch.optim.Optimizer):
             first = last
 
 
+class StackedMuon(torch.optim.Muon):
+    """torch's Muon for matrices, and for stacks of them (one matrix per expert), slice by slice."""
+
+    def __init__(self, matrices: Sequence[Tensor], stacks: Sequence[Tensor], **options: Any) -> None:
+        super().__init__(matrices, **options)
+        if stacks:
+            self.add_param_group({"params": list(stacks)})
+
+    def _init_group(
+        self, group: Any, params_with_grad: list[Tensor], grads: list[Tensor], muon_momentum_bufs: list[Tensor]
+    ) -> bool:
+        lists = params_with_grad, grads, muon_momentum_bufs
+        is_complex = super()._init_group(group, *lists)
+        for tensors in lists:  # torch steps what it finds there in place, so views do
+            tensors[:] = [
+                matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else [tensor])
+            ]
+        return is_complex
+
+
 def build_optimizer(
     model: nn.Module, optimizer: OptimizerName, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
@@ -61,21 +81,23 @@ def build_optimizer(
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if optimizer == "adamw":
         return torch.optim.AdamW(_decay_groups(named, weight_decay), lr=0.0, betas=betas)
-    matrices = [parameter for name, parameter in named if is_hidden_matrix(name, parameter)]
+    hidden = [parameter for name, parameter in named if is_hidden_matrix(name, parameter)]
+    matrices, stacks = ([p for p in hidden if p.ndim == number] for number in (2, 3))
     others = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
     if not matrices:
         raise ConfigError(
             f"engine.optimizer=muon: the model has no trainable matrix of at least {MIN_MATRIX_SIDE} x "
             f"{MIN_MATRIX_SIDE}. Set engine.optimizer=adamw."
         )
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = StackedMuon(matrices, stacks, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     rest = [torch.optim.AdamW(_decay_groups(others, weight_decay), lr=0.0, betas=betas)] if others else []
     return JoinedOptimizer([muon, *rest])
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon suits a parameter: a linear map between many features, no set of prototypes, no stack of experts."""
-    return parameter.ndim == 2 and min(parameter.shape) >= MIN_MATRIX_SIDE and not name.endswith("prototype")
+    """Whether Muon suits a parameter: linear maps between many features, one or a stack, and no set of prototypes."""
+    is_large = parameter.ndim in (2, 3) and min(parameter.shape[-2:]) >= MIN_MATRIX_SIDE
+    return is_large and not name.endswith("prototype")
 
 
 def create_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -57,7 +57,9 @@ def test_z_loss_of_uniform_scores_is_the_squared_log_of_e():
 def test_information_is_the_log_of_the_number_of_kinds_when_each_kind_has_its_own_expert():
     routing = make_routing(torch.arange(12).repeat_interleave(5) % 3, 4)  # 12 samples of 5 tokens, of three kinds
     load = measure_load([routing], 12)
-    assert float(information_loss(routing, 12, load.probability[0])) == pytest.approx(-math.log(3), rel=1e-5)
+    assert float(information_loss(sample_probability(routing, 12), load.probability[0])) == pytest.approx(
+        -math.log(3), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_information_is_the_log_of_the_number_of_kinds_when_each_kind_has_its_ow
 def test_there_is_no_information_where_samples_do_not_differ(expert):
     routing = make_routing(expert, 4)
     load = measure_load([routing], 15)
-    assert float(information_loss(routing, 15, load.probability[0])) == pytest.approx(0.0, abs=1e-5)
+    assert float(information_loss(sample_probability(routing, 15), load.probability[0])) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_parts():
@@ -83,7 +85,7 @@ def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_p
     exact = torch.special.entr(per_sample).sum(-1).mean() - torch.special.entr(overall).sum()
     (expected,) = torch.autograd.grad(exact, score, retain_graph=True)
     load = measure_load([whole], 6).probability[0]
-    parts = [information_loss(routing_of(score[12 * i : 12 * (i + 1)]), 3, load) for i in range(2)]
+    parts = [information_loss(sample_probability(routing_of(score[12 * i : 12 * (i + 1)]), 3), load) for i in range(2)]
     (found,) = torch.autograd.grad(torch.stack(parts).mean(), score)
     assert torch.stack(parts).mean().item() == pytest.approx(exact.item(), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -97,7 +99,7 @@ def test_three_kinds_of_which_one_has_two_experts_are_not_asked_to_share_them(ex
     score.requires_grad_()
     probability = score.softmax(-1)
     routing = Routing(*reversed(probability.topk(1, dim=-1)), probability, score)
-    loss = information_loss(routing, 6, measure_load([routing], 6).probability[0])
+    loss = information_loss(sample_probability(routing, 6), measure_load([routing], 6).probability[0])
     decided = torch.special.entr(sample_probability(routing, 6)).sum(-1).mean()
     found, alone = (torch.autograd.grad(value, score, retain_graph=True)[0] for value in (loss, decided))
     assert torch.allclose(found, alone) != asks

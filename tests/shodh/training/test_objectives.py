@@ -1,11 +1,12 @@
 """The forecast error against closed forms, and unrolled training."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
+from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch, Routing
 from shodh.model.transformer import Forecast, LatentTransformer, TransformerConfig
 from shodh.training.objectives import ForecastConfig, ForecastObjective, relative_errors
 
@@ -83,6 +84,22 @@ def test_steps_that_lead_up_have_no_gradient():
         objective.begin_step(step)
         objective(spy, make_batch(config.num_states))
         assert spy.graded == [False] * objective.lead + [True, True]
+
+
+@pytest.mark.parametrize(("turns", "information"), [(False, -math.log(2)), (True, 0.0)])
+def test_experts_that_a_sample_changes_from_step_to_step_tell_nothing_of_it(turns, information):
+    calls = itertools.count()
+
+    def route(states, medium, parameters) -> Forecast:
+        expert = (torch.arange(6).repeat_interleave(8) + (next(calls) if turns else 0)) % 2
+        probability = torch.nn.functional.one_hot(expert, 2).float()
+        routing = Routing(expert[:, None], torch.ones(48, 1), probability, probability)
+        return Forecast(states[:, -1] + 1, (routing,))
+
+    objective = ForecastObjective(config := ForecastConfig(unroll=((0, 2),)))
+    objective.begin_step(0)
+    terms, _ = objective(route, make_batch(config.num_states))
+    assert float(terms["information"]) == pytest.approx(information, abs=1e-5)
 
 
 def test_gradient_flows_through_all_steps_of_a_rollout():

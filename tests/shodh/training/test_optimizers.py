@@ -60,7 +60,17 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 
 def test_only_hidden_matrices_go_to_muon():
     chosen = {name for name, parameter in Mixture().named_parameters() if is_hidden_matrix(name, parameter)}
-    assert chosen == {"linear.weight"}
+    assert chosen == {"linear.weight", "experts"}
+
+
+def test_each_expert_of_a_stack_steps_as_a_matrix_of_its_own():
+    model = Mixture()
+    alone = nn.ParameterList([nn.Parameter(expert.clone()) for expert in model.experts.detach()])
+    optimizer, twin = build(model), build(alone)
+    for gradients in draw_gradients(model, 3):
+        step(model, optimizer, gradients)
+        step(alone, twin, {str(i): gradient for i, gradient in enumerate(gradients["experts"])})
+    assert torch.equal(model.experts, torch.stack(list(alone)))
 
 
 @pytest.mark.parametrize("shape", [(12, 24), (24, 12), (16, 16)])
@@ -98,7 +108,7 @@ def test_all_other_parameters_step_as_under_adamw_alone():
         step(model, joined, gradients)
         step(twin, alone, gradients)
     for (name, found), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(found, expected) == (name != "linear.weight"), name
+        assert torch.equal(found, expected) != is_hidden_matrix(name, expected), name
 
 
 def test_one_learning_rate_moves_every_parameter_and_zero_moves_none():
