@@ -56,9 +56,10 @@ CONTROLS := shodh,solo,dense_flops,dense_parameters,oracle,hash
 ablations: transfer-latents
 	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml \
 	    'variants=[$(CONTROLS),solo_dense,pair,untold,free,top2,top4]'
-	$(BIN)/python benchmarks/specialisation.py
+	$(BIN)/python benchmarks/specialisation.py --run $(if $(filter debug,$(SIZE)),runs/debug/transfer,runs/transfer)
 
-forecast: transfer-latents
+forecast:
+	$(MAKE) transfer-latents SIZE=quickstart
 	$(DEEPSPEED) launch/pretrain.py configs/pretrain/transfer.yaml
 	$(BIN)/python benchmarks/forecast.py
 
