@@ -51,11 +51,9 @@ transfer-latents: setup
 transfer: transfer-latents
 	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml
 
-CONTROLS := shodh,solo,dense_flops,dense_parameters,oracle,hash
-
 ablations: transfer-latents
 	$(BIN)/python launch/measure_transfer.py configs/measure_transfer/$(SIZE).yaml \
-	    'variants=[$(CONTROLS),solo_dense,pair,untold,free,top2,top4]'
+	    'variants=[shodh,solo,solo_dense,dense_flops,dense_parameters,oracle,hash,untold,free,top2,top4,pair]'
 	$(BIN)/python benchmarks/specialisation.py --run $(if $(filter debug,$(SIZE)),runs/debug/transfer,runs/transfer)
 
 forecast:

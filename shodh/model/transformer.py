@@ -144,7 +144,7 @@ class LatentTransformer(nn.Module):
         for block in self.blocks:
             tokens, routing = block(tokens, condition, angles)
             routings.append(routing)
-        change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(states)
+        change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(current, sizes[0])
         change = change + self.stencil(fields, parameters[:, len(PARAMETERS) :], routings[-1], patch)
         return Forecast(current + change.to(current.dtype), tuple(routings))
 
@@ -158,13 +158,12 @@ def backward_differences(states: Float[Tensor, "b t c x y z"]) -> list[Float[Ten
     return differences
 
 
-def change_scale(states: Float[Tensor, "b t c x y z"]) -> Float[Tensor, "b 1 1 1 1"]:
-    """How much a sample may be expected to change: by as much as it just did, and by a tenth of what it is.
+def change_scale(current: Float[Tensor, "b c x y z"], last: Float[Tensor, "b 1 1 1 1"]) -> Float[Tensor, "b 1 1 1 1"]:
+    """How much a sample may be expected to change: by as much as it just did, ``last``, and by a tenth of what it is.
 
     Between a flow's turning points and its full swing changes differ tenfold, which normalised features do not show.
     """
-    last, state = (root_mean_square(values) for values in (states[:, -1] - states[:, -2], states[:, -1]))
-    return (last**2 + 0.01 * state**2).sqrt()
+    return (last**2 + 0.01 * root_mean_square(current) ** 2).sqrt()
 
 
 def root_mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b 1 1 1 1"]:

@@ -30,11 +30,10 @@ class GlobalLoad(NamedTuple):
         return GlobalLoad(self.choices + other[0], self.probability + other[1])
 
 
-def measure_load(routings: Sequence[Routing], num_samples: int) -> GlobalLoad:
+def measure_load(routings: Sequence[Routing], probability: Float[Tensor, "layer b e"]) -> GlobalLoad:
     """The load of one micro-batch on all ranks, without gradient; collective over ranks."""
     choices = torch.stack([count_tokens(routing) for routing in routings])
-    probability = torch.stack([sample_probability(r, num_samples).detach().sum(0) for r in routings])
-    both = torch.stack([choices, probability])
+    both = torch.stack([choices, probability.detach().sum(1)])
     torch.distributed.all_reduce(both)
     return GlobalLoad(*both)
 
@@ -44,9 +43,9 @@ def count_tokens(routing: Routing) -> Float[Tensor, "e"]:
     return torch.bincount(routing.expert.flatten(), minlength=routing.probability.shape[1]).float()
 
 
-def sample_probability(routing: Routing, num_samples: int) -> Float[Tensor, "b e"]:
+def sample_probability(routings: Sequence[Routing], num_samples: int) -> Float[Tensor, "layer b e"]:
     """Probability of each expert, mean over a sample's tokens."""
-    return reduce(routing.probability, "(b n) e -> b e", "mean", b=num_samples)
+    return torch.stack([reduce(r.probability, "(b n) e -> b e", "mean", b=num_samples) for r in routings])
 
 
 def balance_loss(routing: Routing, choices: Float[Tensor, "e"]) -> Float[Tensor, ""]:

@@ -84,21 +84,22 @@ class ForecastObjective:
         with torch.no_grad():
             for _ in range(self.lead):
                 states = follow(states, engine(states, batch.medium, batch.parameters).latent)
-        terms, routings = [], []
+        terms, routings, probability = [], [], []
         for k in range(first + self.lead, first + self.lead + self.num_predicted):
             forecast = engine(states, batch.medium, batch.parameters)
             before, truth = batch.states[:, NUM_GIVEN + k - 1], batch.states[:, NUM_GIVEN + k]
             error = relative_errors(forecast.latent - truth, truth - before, self.config.change_floor)
-            terms.append(error | self._weigh_routing(forecast.routings, len(states)))
+            probability.append(sample_probability(forecast.routings, len(states)))
+            terms.append(error | self._weigh_routing(forecast.routings, probability[-1]))
             routings.append(forecast.routings)
             states = follow(states, forecast.latent)
         mean = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
-        mean["information"] = self._inform(routings, len(states))
+        mean["information"] = self._inform(torch.stack(probability).mean(0))
         detached = tuple(Routing(*(value.detach() for value in routing)) for routing in routings[0])
         return self._total(mean) | mean, RoutedBatch(detached, batch.domain)
 
-    def _weigh_routing(self, routings: Sequence[Routing], num_samples: int) -> dict[str, Tensor]:
-        load = measure_load(routings, num_samples)
+    def _weigh_routing(self, routings: Sequence[Routing], probability: Float[Tensor, "layer b e"]) -> dict[str, Tensor]:
+        load = measure_load(routings, probability)
         self.load = load if self.load is None else self.load + load
         layers = zip(routings, self.load.choices, strict=True)
         return {
@@ -106,14 +107,11 @@ class ForecastObjective:
             "z": torch.stack([z_loss(routing) for routing in routings]).mean(),
         }
 
-    def _inform(self, steps: Sequence[Sequence[Routing]], num_samples: int) -> Tensor:
-        """Of experts and trajectories: a sample's probabilities are their mean over the steps predicted in a row."""
+    def _inform(self, probability: Float[Tensor, "layer b e"]) -> Tensor:
+        """Of experts and trajectories, whose probabilities are the mean over the steps predicted in a row."""
         assert self.load is not None, "every step was weighed"
-        losses = []
-        for layer, whole in enumerate(self.load.probability):
-            here = torch.stack([sample_probability(routings[layer], num_samples) for routings in steps]).mean(0)
-            losses.append(information_loss(here, whole))
-        return torch.stack(losses).mean()
+        layers = zip(probability, self.load.probability, strict=True)
+        return torch.stack([information_loss(here, whole) for here, whole in layers]).mean()
 
     def _total(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.config

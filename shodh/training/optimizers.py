@@ -1,6 +1,7 @@
 """AdamW for all parameters, or Muon for the matrices and AdamW for the rest, as one torch optimizer."""
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,11 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
 
 class StackedMuon(torch.optim.Muon):
-    """torch's Muon for matrices, and for stacks of them (one matrix per expert), slice by slice."""
+    """torch's Muon for matrices, and for stacks of them (one matrix per expert), slice by slice.
+
+    A slice without gradient, that of an expert which no token visited, stands still: its momentum, however old, would
+    be made as long a step as any other.
+    """
 
     def __init__(self, matrices: Sequence[Tensor], stacks: Sequence[Tensor], **options: Any) -> None:
         super().__init__(matrices, **options)
@@ -62,9 +67,12 @@ class StackedMuon(torch.optim.Muon):
     ) -> bool:
         lists = params_with_grad, grads, muon_momentum_bufs
         is_complex = super()._init_group(group, *lists)
+        visited = [grad.flatten(-2).any(-1).tolist() if grad.ndim == 3 else None for grad in grads]
         for tensors in lists:  # torch steps what it finds there in place, so views do
             tensors[:] = [
-                matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else [tensor])
+                matrix
+                for tensor, slices in zip(tensors, visited, strict=True)
+                for matrix in ([tensor] if slices is None else compress(tensor.unbind(), slices))
             ]
         return is_complex
 

@@ -5,7 +5,7 @@ import torch
 
 from shodh.fields import CONDITIONS, NUM_GIVEN, Routing
 from shodh.model.stencil import GAIN, StencilExperts, surround
-from shodh.model.transformer import LatentTransformer, TransformerConfig, change_scale
+from shodh.model.transformer import LatentTransformer, TransformerConfig, change_scale, root_mean_square
 
 
 def send(expert: torch.Tensor, num_experts: int, gate: float = 1.0) -> Routing:
@@ -79,5 +79,7 @@ def test_what_is_forecast_scales_with_the_sample():
     states = torch.randn(3, NUM_GIVEN, 4, 4, 4, 4)
     told = torch.zeros(3, len(CONDITIONS))
     change = model(states, torch.zeros(3, 2, 4, 4, 4), told).latent - states[:, -1]
-    assert change_scale(10 * states).allclose(10 * change_scale(states), rtol=1e-4)
-    assert change.square().mean((1, 2, 3, 4)).sqrt().gt(0.1 * change_scale(states).flatten()).all()
+    last = root_mean_square(states[:, -1] - states[:, -2])
+    scale = change_scale(states[:, -1], last)
+    assert change_scale(10 * states[:, -1], 10 * last).allclose(10 * scale, rtol=1e-4)
+    assert change.square().mean((1, 2, 3, 4)).sqrt().gt(0.1 * scale.flatten()).all()

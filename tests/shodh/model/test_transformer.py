@@ -13,6 +13,7 @@ from shodh.model.transformer import (
     backward_differences,
     change_scale,
     count_parameters,
+    root_mean_square,
 )
 
 SMALL = TransformerConfig(
@@ -77,7 +78,8 @@ def test_changes_are_seen_in_units_of_their_own_size_which_is_told():
     def relative_change(factor: float) -> torch.Tensor:
         early = current - factor * (2 * first - second)
         states = torch.stack([early, current - factor * first, current], 1)
-        return (model(states, medium, parameters).latent - current) / change_scale(states)
+        scale = change_scale(current, root_mean_square(factor * first))
+        return (model(states, medium, parameters).latent - current) / scale
 
     assert not relative_change(10.0).allclose(relative_change(1.0), rtol=1e-2)
     torch.nn.init.zeros_(model.condition[0].weight[:, len(CONDITIONS) :])

@@ -10,6 +10,7 @@ from shodh.fields import Routing
 from shodh.model.router import SemanticRouter
 from shodh.training.balance import (
     AdjustBias,
+    GlobalLoad,
     balance_loss,
     count_tokens,
     information_loss,
@@ -31,6 +32,14 @@ def make_routing(expert: torch.Tensor, num_experts: int, sharpness: float = 20.0
     probability = score.softmax(-1)
     gate, chosen = probability.topk(1, dim=-1)
     return Routing(chosen, gate, probability, score)
+
+
+def pooled(routing: Routing, num_samples: int) -> torch.Tensor:
+    return sample_probability([routing], num_samples)[0]
+
+
+def load_of(routing: Routing, num_samples: int) -> GlobalLoad:
+    return measure_load([routing], sample_probability([routing], num_samples))
 
 
 def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
@@ -56,10 +65,8 @@ def test_z_loss_of_uniform_scores_is_the_squared_log_of_e():
 
 def test_information_is_the_log_of_the_number_of_kinds_when_each_kind_has_its_own_expert():
     routing = make_routing(torch.arange(12).repeat_interleave(5) % 3, 4)  # 12 samples of 5 tokens, of three kinds
-    load = measure_load([routing], 12)
-    assert float(information_loss(sample_probability(routing, 12), load.probability[0])) == pytest.approx(
-        -math.log(3), rel=1e-5
-    )
+    load = load_of(routing, 12)
+    assert float(information_loss(pooled(routing, 12), load.probability[0])) == pytest.approx(-math.log(3), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +74,8 @@ def test_information_is_the_log_of_the_number_of_kinds_when_each_kind_has_its_ow
 )
 def test_there_is_no_information_where_samples_do_not_differ(expert):
     routing = make_routing(expert, 4)
-    load = measure_load([routing], 15)
-    assert float(information_loss(sample_probability(routing, 15), load.probability[0])) == pytest.approx(0.0, abs=1e-5)
+    load = load_of(routing, 15)
+    assert float(information_loss(pooled(routing, 15), load.probability[0])) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_parts():
@@ -80,12 +87,12 @@ def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_p
         return Routing(*reversed(probability.topk(1, dim=-1)), probability, rows)
 
     whole = routing_of(score)
-    per_sample = sample_probability(whole, 6)
+    per_sample = pooled(whole, 6)
     overall = per_sample.mean(0)
     exact = torch.special.entr(per_sample).sum(-1).mean() - torch.special.entr(overall).sum()
     (expected,) = torch.autograd.grad(exact, score, retain_graph=True)
-    load = measure_load([whole], 6).probability[0]
-    parts = [information_loss(sample_probability(routing_of(score[12 * i : 12 * (i + 1)]), 3), load) for i in range(2)]
+    load = load_of(whole, 6).probability[0]
+    parts = [information_loss(pooled(routing_of(score[12 * i : 12 * (i + 1)]), 3), load) for i in range(2)]
     (found,) = torch.autograd.grad(torch.stack(parts).mean(), score)
     assert torch.stack(parts).mean().item() == pytest.approx(exact.item(), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -99,15 +106,15 @@ def test_three_kinds_of_which_one_has_two_experts_are_not_asked_to_share_them(ex
     score.requires_grad_()
     probability = score.softmax(-1)
     routing = Routing(*reversed(probability.topk(1, dim=-1)), probability, score)
-    loss = information_loss(sample_probability(routing, 6), measure_load([routing], 6).probability[0])
-    decided = torch.special.entr(sample_probability(routing, 6)).sum(-1).mean()
+    loss = information_loss(pooled(routing, 6), load_of(routing, 6).probability[0])
+    decided = torch.special.entr(pooled(routing, 6)).sum(-1).mean()
     found, alone = (torch.autograd.grad(value, score, retain_graph=True)[0] for value in (loss, decided))
     assert torch.allclose(found, alone) != asks
 
 
 def test_loads_add_up_over_micro_batches():
     routing = make_routing(torch.arange(20) % 4, 4)
-    once, twice = measure_load([routing], 5), measure_load([routing], 5) + measure_load([routing], 5)
+    once, twice = load_of(routing, 5), load_of(routing, 5) + load_of(routing, 5)
     assert torch.equal(twice.choices, 2 * once.choices)
     assert torch.equal(twice.probability, 2 * once.probability)
 

@@ -73,6 +73,18 @@ def test_each_expert_of_a_stack_steps_as_a_matrix_of_its_own():
     assert torch.equal(model.experts, torch.stack(list(alone)))
 
 
+def test_an_expert_that_no_token_visited_stands_still():
+    model = Mixture()
+    optimizer = build(model)
+    first, second = draw_gradients(model, 2)
+    step(model, optimizer, first)
+    second["experts"][1] = 0
+    before = model.experts.detach().clone()
+    step(model, optimizer, second)
+    moved = (model.experts != before).flatten(1).any(1)
+    assert moved.tolist() == [expert != 1 for expert in range(len(moved))]
+
+
 @pytest.mark.parametrize("shape", [(12, 24), (24, 12), (16, 16)])
 def test_muon_steps_follow_the_orthogonalised_momentum(shape):
     model = nn.Linear(shape[1], shape[0], bias=False)
