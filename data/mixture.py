@@ -46,11 +46,13 @@ class MixtureConfig:
     weights: tuple[float, ...] = ()  # per domain, in the order of the stores; empty means equal
     split: Split = "train"
     augment: bool = False  # random translations along periodic axes (fields only)
+    num_states: int = NUM_STATES  # successive states of a sample (latents only)
+    windows: int = 1  # samples of each trajectory that is drawn; they stand side by side in a batch (latents only)
     cache_bytes: int = 2**30  # memory for what was read once
     read_threads: int = 2  # samples of a batch of fields that are read at a time
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "read_threads"):
+        for name in ("batch_size", "accumulation", "num_states", "windows", "read_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
         if not all(math.isfinite(weight) for weight in self.weights):
@@ -70,7 +72,10 @@ class FieldMixture:
         if len(self.stores) != len(self.statistics):
             raise ConfigError(f"statistics: {len(self.statistics)} for {len(self.stores)} stores. Give one per store.")
         self._turns = _Turns(_weights(config.weights, len(self.stores)))
-        self._states = [_states(store, config.split, 1) for store in self.stores]
+        self._states = [
+            [(i, t) for i in _trajectories(store, config.split, 1) for t in range(store.num_snapshots)]
+            for store in self.stores
+        ]
         self._media = _Cache(config.cache_bytes // 4)  # of their own, as each serves many snapshots
         self._cache = _Cache(config.cache_bytes - config.cache_bytes // 4)
         self._buffers = Buffers()
@@ -122,13 +127,13 @@ class LatentMixture:
     models of one domain and of several can be trained on the same.
     """
 
-    def __init__(self, stores: Sequence[LatentStore], config: MixtureConfig, num_states: int = NUM_STATES):
-        self.stores, self.config, self.num_states = list(stores), config, num_states
+    def __init__(self, stores: Sequence[LatentStore], config: MixtureConfig):
+        self.stores, self.config = list(stores), config
         shapes = {(s.header.latent_shape[2:], s.header.medium_shape[1:]) for s in self.stores}
         if len(shapes) > 1:
             raise ConfigError(f"latents: shapes differ between domains, {sorted(shapes)}. Use one tokenizer.")
         self._turns = _Turns(_weights(config.weights, len(self.stores)))
-        self._states = [_states(store, config.split, num_states) for store in self.stores]
+        self._trajectories = [_trajectories(store, config.split, config.num_states) for store in self.stores]
         self._cache = _Cache(config.cache_bytes)
 
     def batch(
@@ -136,18 +141,30 @@ class LatentMixture:
     ) -> LatentBatch:
         """This rank's part of the batch of a micro step."""
         config = self.config
-        first = (step * config.accumulation + micro_step) * config.batch_size
-        turns = [first + i for i in rank_slice(config.batch_size, rank, world)]
+        first = (step * config.accumulation + micro_step) * (config.batch_size // config.windows)
+        turns = [first + i for i in rank_slice(config.batch_size, rank, world, config.windows)]
         domains = [self._turns.domain(turn) for turn in turns]
-        samples = [self._sample(d, self._turns.count_before(turn, d)) for turn, d in zip(turns, domains, strict=True)]
+        draws = [self._draw(d, self._turns.count_before(turn, d)) for turn, d in zip(turns, domains, strict=True)]
+        samples = [sample for draw in draws for sample in draw]
         states, medium, parameters = (torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True))
-        return LatentBatch(states, medium, parameters, torch.tensor(domains)).to(device)
+        domain = torch.tensor(domains).repeat_interleave(config.windows)
+        return LatentBatch(states, medium, parameters, domain).to(device)
 
-    def _sample(self, domain: int, position: int) -> Arrays:
-        store, states = self.stores[domain], self._states[domain]
-        key = self.config.seed, zlib.crc32(store.domain.name.encode())
-        trajectory, start = states[_shuffled(position, len(states), key)]
-        states = np.stack([self._latent(domain, trajectory, start + t) for t in range(self.num_states)])
+    def _draw(self, domain: int, position: int) -> list[Arrays]:
+        """The ``windows`` samples of one trajectory that come at a position of the domain's order."""
+        config, store = self.config, self.stores[domain]
+        trajectories, num_starts = self._trajectories[domain], store.num_snapshots - config.num_states + 1
+        key = config.seed, zlib.crc32(store.domain.name.encode())
+        draws = max(1, num_starts // config.windows)  # of a trajectory in an epoch
+        epoch, _ = divmod(position, len(trajectories) * draws)
+        place, draw = divmod(_shuffled(position, len(trajectories) * draws, key), draws)
+        starts = _permutation(num_starts, (*key, 1, epoch, place))
+        chosen = [starts[(draw * config.windows + i) % num_starts] for i in range(config.windows)]
+        return [self._sample(domain, trajectories[place], int(start)) for start in chosen]
+
+    def _sample(self, domain: int, trajectory: int, start: int) -> Arrays:
+        store = self.stores[domain]
+        states = np.stack([self._latent(domain, trajectory, start + t) for t in range(self.config.num_states)])
         (medium,) = self._cache.get((domain, trajectory), lambda: (store.medium(trajectory),))
         return states, medium, store.parameters(trajectory)
 
@@ -183,11 +200,12 @@ def stream(
             yield batch
 
 
-def rank_slice(batch_size: int, rank: int, world: int) -> range:
-    """Which samples of the global batch a rank takes. Raises ConfigError unless all ranks take equally many."""
-    if batch_size % world:
-        raise ConfigError(f"batch_size={batch_size}: not a multiple of the {world} ranks. Change it.")
-    share = batch_size // world
+def rank_slice(batch_size: int, rank: int, world: int, windows: int = 1) -> range:
+    """Which draws of ``windows`` samples of the global batch a rank takes. ConfigError unless all take equally many."""
+    if batch_size % (world * windows):
+        apiece = f", each with draws of {windows} windows" if windows > 1 else ""
+        raise ConfigError(f"batch_size={batch_size}: not a multiple of the {world} ranks{apiece}. Change it.")
+    share = batch_size // (world * windows)
     return range(rank * share, (rank + 1) * share)
 
 
@@ -294,13 +312,12 @@ def _weights(weights: tuple[float, ...], num_domains: int) -> tuple[float, ...]:
     return weights or (1.0,) * num_domains
 
 
-def _states(store: Store | LatentStore, split: Split, num_successive: int) -> list[tuple[int, int]]:
-    """Every (trajectory, first time) of a split that is followed by enough snapshots."""
-    starts = range(store.num_snapshots - num_successive + 1)
-    states = [(i, t) for i in store.trajectories(split) for t in starts]
-    if not states:
-        raise ConfigError(f"store={store.path}: no {num_successive} successive snapshots. Generate more.")
-    return states
+def _trajectories(store: Store | LatentStore, split: Split, num_states: int) -> list[int]:
+    """Those of a split. Raises ConfigError unless there are some, of enough snapshots."""
+    trajectories = store.trajectories(split)
+    if not trajectories or store.num_snapshots < num_states:
+        raise ConfigError(f"store={store.path}: no {num_states} successive snapshots. Generate more.")
+    return trajectories
 
 
 def _translate(batch: FieldBatch, sample: int, shifts: list[int]) -> None:

@@ -145,7 +145,7 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
     from shodh.training.run import train_resumably
 
     latents = [parts.latents[name] for name in training.domains]
-    mixture = LatentMixture(latents, mixture_config(training), num_states=training.objective.num_states)
+    mixture = LatentMixture(latents, mixture_config(training))
     torch.manual_seed(job.seed)
     model = LatentTransformer(training.model)
     control_routers(model, job, [store.domain for store in latents])

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     require_channels(config.model, tokenizer)
     cells = latents[0].cells_per_state
     with distributed(config.engine.threads_per_rank) as group:
-        mixture = LatentMixture(latents, mixture_config(config), num_states=config.objective.num_states)
+        mixture = LatentMixture(latents, mixture_config(config))
         torch.manual_seed(config.loop.seed)
         model = LatentTransformer(config.model)
         engine = build_engine(model, config.engine, group.device)

@@ -1,6 +1,6 @@
 """What each launch script's YAML may say: its sections are the configs of the parts it builds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,10 +141,10 @@ class TransferMeasurement:
                 raise ValueError(f"{name}={list(values)}: name at least one, and none twice.")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds={list(self.seeds)}: none may be negative.")
-        if self.engine.batch_size % len(self.domains):
+        if self.engine.batch_size % (len(self.domains) * self.objective.windows):
             raise ValueError(
-                f"engine.batch_size={self.engine.batch_size}: {len(self.domains)} domains do not divide it, so no solo "
-                "model could see what the joint one sees. Choose a multiple."
+                f"engine.batch_size={self.engine.batch_size}: no multiple of {len(self.domains)} domains x "
+                f"{self.objective.windows} windows, so no solo model could see what the joint one sees. Change it."
             )
         for name, usual in (("top_k", 1), ("expert_hidden", None), ("num_kernels", None), ("told", True)):
             if getattr(self.model, name) != usual:
@@ -193,10 +193,12 @@ def identity_of(config: "TokenizerTraining | Pretraining") -> dict[str, Any]:
 
 def mixture_config(config: "TokenizerTraining | Pretraining") -> MixtureConfig:
     """How a training run draws its batches."""
-    return MixtureConfig(
+    mixture = MixtureConfig(
         batch_size=config.engine.batch_size,
         accumulation=config.engine.accumulation,
         seed=config.loop.seed,
         weights=config.weights,
-        augment=isinstance(config, TokenizerTraining) and config.augment,
     )
+    if isinstance(config, TokenizerTraining):
+        return replace(mixture, augment=config.augment)
+    return replace(mixture, num_states=config.objective.num_states, windows=config.objective.windows)

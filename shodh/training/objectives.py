@@ -23,6 +23,7 @@ class ForecastConfig:
     information_weight: float = 0.0
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
+    windows: int = 1  # samples of each trajectory that stand side by side in a batch; the information is of all as one
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
     # From which optimizer step on how many steps are predicted in a row, each from the predictions before; 1 at first.
     unroll: tuple[tuple[int, int], ...] = ()
@@ -37,6 +38,8 @@ class ForecastConfig:
                 raise ValueError(f"{name}={stages}: must be pairs of a step, ascending, and how many are predicted.")
             if min((num for _, num in stages), default=1) < fewest:
                 raise ValueError(f"{name}={stages}: too few steps. Give at least {fewest}.")
+        if self.windows < 1:
+            raise ValueError(f"windows={self.windows}: must be at least 1. Raise it.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0 to switch it off.")
@@ -108,8 +111,9 @@ class ForecastObjective:
         }
 
     def _inform(self, probability: Float[Tensor, "layer b e"]) -> Tensor:
-        """Of experts and trajectories, whose probabilities are the mean over the steps predicted in a row."""
+        """Of experts and trajectories, whose probabilities are those of their windows, on the mean."""
         assert self.load is not None, "every step was weighed"
+        probability = reduce(probability, "l (b w) e -> l b e", "mean", w=self.config.windows)
         layers = zip(probability, self.load.probability, strict=True)
         return torch.stack([information_loss(here, whole) for here, whole in layers]).mean()
 

@@ -59,7 +59,7 @@ def test_a_batch_depends_on_seed_and_step_alone(make_mixture):
 
 def test_ranks_share_one_global_batch(make_mixture, latents):
     fields = make_mixture(batch_size=6, augment=True)
-    states = LatentMixture(latents, MixtureConfig(batch_size=6))
+    states = LatentMixture(latents, MixtureConfig(batch_size=12, windows=2))
     for mixture, step in itertools.product((fields, states), range(3)):
         whole = mixture.batch(step)
         for world in (2, 3):
@@ -163,6 +163,34 @@ def test_every_latent_batch_holds_all_domains_by_weight(latents):
         mixture = LatentMixture(latents, MixtureConfig(weights=weights, batch_size=8, accumulation=2))
         for step, micro in itertools.product(range(5), range(2)):
             assert mixture.batch(step, micro).domain.bincount().tolist() == expected
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_windows_of_a_trajectory_stand_side_by_side_and_an_epoch_holds_none_twice(latents, channel, windows):
+    names = _pressures(channel, 1)
+    mixture = LatentMixture(latents[:1], MixtureConfig(batch_size=windows, windows=windows))
+    trajectories, num_starts = channel.trajectories("train"), channel.num_snapshots - NUM_GIVEN
+    num_draws = len(trajectories) * (num_starts // windows)
+    for epoch in range(3):
+        drawn = []
+        for step in range(epoch * num_draws, (epoch + 1) * num_draws):
+            firsts = [names[np.float32(z)] for z in mixture.batch(step).states[:, 0, 0, 0, 0, 0].numpy()]
+            assert len({trajectory for trajectory, _ in firsts}) == 1
+            drawn += firsts
+        assert len(set(drawn)) == len(drawn) == num_draws * windows
+
+
+def test_a_trajectory_of_too_few_windows_gives_some_twice(latents, channel):
+    num_starts = channel.num_snapshots - NUM_GIVEN
+    mixture = LatentMixture(latents[:1], MixtureConfig(batch_size=num_starts + 1, windows=num_starts + 1))
+    firsts = mixture.batch(0).states[:, 0]
+    assert torch.equal(firsts[0], firsts[-1]) and not torch.equal(firsts[0], firsts[1])
+
+
+def test_ranks_must_take_whole_draws(latents):
+    mixture = LatentMixture(latents, MixtureConfig(batch_size=6, windows=2))
+    with pytest.raises(ConfigError, match="batch_size=6: not a multiple of the 2 ranks, each with draws of 2 windows"):
+        mixture.batch(0, rank=0, world=2)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -86,8 +86,15 @@ def test_steps_that_lead_up_have_no_gradient():
         assert spy.graded == [False] * objective.lead + [True, True]
 
 
-@pytest.mark.parametrize(("turns", "information"), [(False, -math.log(2)), (True, 0.0)])
-def test_experts_that_a_sample_changes_from_step_to_step_tell_nothing_of_it(turns, information):
+@pytest.mark.parametrize(
+    ("turns", "windows", "information"), [(False, 1, -math.log(2)), (True, 1, 0.0), (False, 2, 0.0), (False, 3, None)]
+)
+def test_experts_that_change_from_step_to_step_or_window_to_window_tell_less_of_a_trajectory(
+    turns, windows, information
+):
+    """The experts of the six samples alternate, so pairs of them have both, and one of two in three is the other."""
+    if information is None:
+        information = sum(-p * math.log(p) for p in (1 / 3, 2 / 3)) - math.log(2)
     calls = itertools.count()
 
     def route(states, medium, parameters) -> Forecast:
@@ -96,7 +103,7 @@ def test_experts_that_a_sample_changes_from_step_to_step_tell_nothing_of_it(turn
         routing = Routing(expert[:, None], torch.ones(48, 1), probability, probability)
         return Forecast(states[:, -1] + 1, (routing,))
 
-    objective = ForecastObjective(config := ForecastConfig(unroll=((0, 2),)))
+    objective = ForecastObjective(config := ForecastConfig(unroll=((0, 2),), windows=windows))
     objective.begin_step(0)
     terms, _ = objective(route, make_batch(config.num_states))
     assert float(terms["information"]) == pytest.approx(information, abs=1e-5)
