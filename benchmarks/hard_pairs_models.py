@@ -94,12 +94,12 @@ def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, step
         num_experts=trial.num_experts,
         hidden=256,
     )
-    objective = ForecastConfig(balance_weight=0.01, information_weight=trial.information_weight)
+    objective = ForecastConfig(balance_weight=0.01, information_weight=trial.information_weight, windows=2)
     engine_config = EngineConfig(batch_size=BATCH_SIZE, optimizer="muon", zero_stage=0)
     warmup = min(30, steps // 4)
     schedule = ScheduleConfig(num_steps=steps, learning_rate=LEARNING_RATE, num_warmup_steps=warmup)
     loop = LoopConfig(schedule=schedule, seed=trial.seed)
-    mixture = LatentMixture(pair.latents, MixtureConfig(batch_size=BATCH_SIZE, seed=trial.seed))
+    mixture = LatentMixture(pair.latents, MixtureConfig(batch_size=BATCH_SIZE, seed=trial.seed, windows=objective.windows))
     parts = {"model": model_config, "objective": objective, "engine": engine_config, "loop": loop}
     plain = {name: to_plain(part) for name, part in parts.items()}
     torch.manual_seed(trial.seed)
