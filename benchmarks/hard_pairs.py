@@ -1,7 +1,7 @@
 """Hard pairs: does the router tell apart what is nearly the same physics, or places within one field?
 
     python benchmarks/hard_pairs.py --tokenizer runs/quickstart/tokenizer.safetensors [--stores stores/pairs]
-        [--runs runs/pairs] [--seeds 0 1 2] [--weights 0.3 0] [--steps 300] [--domains open_channel porous_media]
+        [--runs runs/pairs] [--seeds 0 1 2] [--weights 0.1 0] [--steps 300] [--domains open_channel porous_media]
         [--model RUN] [--plot docs/hard_pairs.png] [--quick]
 
 Two Reynolds numbers of the open channel, and two kinds of rock; their stores come from
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/pairs"), help="folder of latents and trained models")
     parser.add_argument("--domains", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.3, 0.0], help="of the information loss")
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.1, 0.0], help="of the information loss")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--model", type=Path, help="run folder of a pretrained model to measure beside")
     parser.add_argument("--plot", type=Path, help="PNG of expert maps beside the flow")
