@@ -99,7 +99,9 @@ def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, step
     warmup = min(30, steps // 4)
     schedule = ScheduleConfig(num_steps=steps, learning_rate=LEARNING_RATE, num_warmup_steps=warmup)
     loop = LoopConfig(schedule=schedule, seed=trial.seed)
-    mixture = LatentMixture(pair.latents, MixtureConfig(batch_size=BATCH_SIZE, seed=trial.seed, windows=objective.windows))
+    mixture = LatentMixture(
+        pair.latents, MixtureConfig(batch_size=BATCH_SIZE, seed=trial.seed, windows=objective.windows)
+    )
     parts = {"model": model_config, "objective": objective, "engine": engine_config, "loop": loop}
     plain = {name: to_plain(part) for name, part in parts.items()}
     torch.manual_seed(trial.seed)

@@ -138,17 +138,19 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
     from shodh.config import to_plain
     from shodh.evaluation.telemetry import MeasureRouting
     from shodh.model.router import find_routers
-    from shodh.model.transformer import LatentTransformer
+    from shodh.model.transformer import LatentTransformer, find_stacks
     from shodh.training.balance import AdjustBias
     from shodh.training.engine import build_engine
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
+    from shodh.training.upcycling import TrainAsOne
 
     latents = [parts.latents[name] for name in training.domains]
     mixture = LatentMixture(latents, mixture_config(training))
     torch.manual_seed(job.seed)
     model = LatentTransformer(training.model)
     control_routers(model, job, [store.domain for store in latents])
+    as_one = TrainAsOne(find_stacks(model), training.objective.as_one)
     tokens_per_sample = latents[0].cells_per_state // training.model.patch**3
     train_resumably(
         build_engine(model, training.engine, group.device),
@@ -156,6 +158,7 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
         lambda step: stream(mixture, step, group.device, group.rank, group.size),
         training.loop,
         hooks=[
+            as_one,
             *([AdjustBias(routers, training.objective.bias_rate)] if (routers := find_routers(model)) else []),
             MeasureRouting(training.domains, training.tracking.interval),
         ],

@@ -18,12 +18,13 @@ def main(arguments: list[str]) -> None:
     from shodh.evaluation.hooks import MeasureForecast, MeasureRollout, take_probe
     from shodh.evaluation.telemetry import FLIP_INTERVAL, MeasureFlips, MeasureRouting
     from shodh.model.router import find_routers
-    from shodh.model.transformer import LatentTransformer
+    from shodh.model.transformer import LatentTransformer, find_stacks
     from shodh.training.alarm_log import AlarmLog
     from shodh.training.balance import AdjustBias
     from shodh.training.engine import build_engine, distributed
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
+    from shodh.training.upcycling import TrainAsOne
 
     config = load_config(Pretraining, path, overrides)
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> None:
         mixture = LatentMixture(latents, mixture_config(config))
         torch.manual_seed(config.loop.seed)
         model = LatentTransformer(config.model)
+        as_one = TrainAsOne(find_stacks(model), config.objective.as_one)
         engine = build_engine(model, config.engine, group.device)
         measured = zip(stores, latents, strict=True) if group.rank == 0 else ()  # other ranks only train
         probes = [hold_out(tokenizer, store, cache, group.device, num_trajectories=1) for store, cache in measured]
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> None:
             lambda step: stream(mixture, step, group.device, group.rank, group.size),
             config.loop,
             hooks=[
+                as_one,
                 AdjustBias(find_routers(model), config.objective.bias_rate),
                 routing,
                 RaiseAlarms(routing, engine, log, config.model.top_k, settle),

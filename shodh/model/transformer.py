@@ -171,8 +171,13 @@ def root_mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b 1 1
     return (reduce(values.float() ** 2, "b c x y z -> b 1 1 1 1", "mean") + 1e-6).sqrt()
 
 
+def find_stacks(model: LatentTransformer) -> list[nn.Parameter]:
+    """The parameters of all routed experts, one slice of each for each expert."""
+    return [parameter for name, parameter in model.named_parameters() if ".routed." in name]
+
+
 def count_parameters(model: LatentTransformer) -> tuple[int, int]:
     """Parameters in all, and those that one token passes; all kernels are applied to all cells before one is chosen."""
     total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".routed." in name)
+    routed = sum(p.numel() for p in find_stacks(model))
     return total, total - routed + routed * model.config.top_k // model.config.num_experts

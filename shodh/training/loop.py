@@ -51,12 +51,19 @@ class Hook(Protocol):
     def after_step(self, record: StepRecord) -> None: ...
 
 
+@runtime_checkable
+class EarlyHook(Protocol):
+    """Called on every rank before every optimizer step with its number, from 0."""
+
+    def begin_step(self, step: int) -> None: ...
+
+
 def train(
     engine: Any,
     objective: Objective,
     batches_from: Callable[[int], Generator[Any, None, None]],
     config: LoopConfig,
-    hooks: Sequence[Hook] = (),
+    hooks: Sequence[Hook | EarlyHook] = (),
     first_step: int = 0,
 ) -> None:
     """Run steps ``first_step`` to ``num_steps``; everything random in a step depends only on seed, step and rank.
@@ -67,9 +74,13 @@ def train(
     engine.train()
     with closing(batches_from(first_step)) as batches:
         for step in range(first_step, config.schedule.num_steps):
+            for hook in hooks:
+                if isinstance(hook, EarlyHook):
+                    hook.begin_step(step)
             record = _run_step(engine, objective, batches, config, step)
             for hook in hooks:
-                hook.after_step(record)
+                if isinstance(hook, Hook):
+                    hook.after_step(record)
 
 
 def _run_step(engine: Any, objective: Objective, batches: Iterator[Any], config: LoopConfig, step: int) -> StepRecord:

@@ -21,6 +21,7 @@ class ForecastConfig:
     mean_weight: float = 16.0
     balance_weight: float = 0.01
     information_weight: float = 0.0
+    as_one: int = 0  # optimizer steps during which all routed experts are trained as one network (upcycling.py)
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
     windows: int = 1  # samples of each trajectory that stand side by side in a batch; the information is of all as one
@@ -40,6 +41,8 @@ class ForecastConfig:
                 raise ValueError(f"{name}={stages}: too few steps. Give at least {fewest}.")
         if self.windows < 1:
             raise ValueError(f"windows={self.windows}: must be at least 1. Raise it.")
+        if self.as_one < 0:
+            raise ValueError(f"as_one={self.as_one}: must not be negative. Use 0 to let experts differ from the start.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0 to switch it off.")

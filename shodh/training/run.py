@@ -12,7 +12,7 @@ import torch
 from shodh.config import ConfigError
 from shodh.training.alarm_log import Alarm, AlarmLog
 from shodh.training.checkpoint import SaveCheckpoint, find_newest, read_checkpoint, restore_state
-from shodh.training.loop import Hook, LoopConfig, Objective, train
+from shodh.training.loop import EarlyHook, Hook, LoopConfig, Objective, train
 from shodh.training.tracking import Track, TrackingConfig
 
 
@@ -21,7 +21,7 @@ def train_resumably(
     objective: Objective,
     batches_from: Callable[[int], Generator[Any, None, None]],
     loop: LoopConfig,
-    hooks: Sequence[Hook],
+    hooks: Sequence[Hook | EarlyHook],
     *,
     folder: Path,
     phase: str,
