@@ -141,11 +141,6 @@ class TransferMeasurement:
                 raise ValueError(f"{name}={list(values)}: name at least one, and none twice.")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds={list(self.seeds)}: none may be negative.")
-        if self.engine.batch_size % (len(self.domains) * self.objective.windows):
-            raise ValueError(
-                f"engine.batch_size={self.engine.batch_size}: no multiple of {len(self.domains)} domains x "
-                f"{self.objective.windows} windows, so no solo model could see what the joint one sees. Change it."
-            )
         for name, usual in (("top_k", 1), ("expert_hidden", None), ("num_kernels", None), ("told", True)):
             if getattr(self.model, name) != usual:
                 raise ValueError(f"model.{name}: is what variants change. Leave it out.")
@@ -155,6 +150,11 @@ class TransferMeasurement:
             raise ValueError(f"variants=pair: is of the domains {PAIR}. Add them, or leave the variant out.")
         if "oracle" in self.variants and self.model.num_experts < len(self.domains):
             raise ValueError(f"model.num_experts={self.model.num_experts}: too few for the oracle's {self.domains}.")
+        if self.engine.batch_size % (len(self.domains) * self.objective.windows):
+            raise ValueError(
+                f"engine.batch_size={self.engine.batch_size}: no multiple of {len(self.domains)} domains x "
+                f"{self.objective.windows} windows, so no solo model could see what the joint one sees. Change it."
+            )
 
 
 CONFIGS = {

@@ -96,7 +96,7 @@ def test_controls_are_swapped_in_for_their_variants_alone(config):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("engine.batch_size=7", "engine.batch_size=7: 3 domains do not divide it"),
+        ("engine.batch_size=7", "engine.batch_size=7: no multiple of 3 domains x 2 windows"),
         ("seeds=[]", "seeds=.*name at least one"),
         ("seeds=[1,1]", "none twice"),
         ("seeds=[-1]", "none may be negative"),
