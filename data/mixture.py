@@ -156,9 +156,9 @@ class LatentMixture:
         trajectories, num_starts = self._trajectories[domain], store.num_snapshots - config.num_states + 1
         key = config.seed, zlib.crc32(store.domain.name.encode())
         draws = max(1, num_starts // config.windows)  # of a trajectory in an epoch
-        epoch, _ = divmod(position, len(trajectories) * draws)
-        place, draw = divmod(_shuffled(position, len(trajectories) * draws, key), draws)
-        starts = _permutation(num_starts, (*key, 1, epoch, place))
+        per_epoch = len(trajectories) * draws
+        place, draw = divmod(_shuffled(position, per_epoch, key), draws)
+        starts = _permutation(num_starts, (*key, 1, position // per_epoch, place))
         chosen = [starts[(draw * config.windows + i) % num_starts] for i in range(config.windows)]
         return [self._sample(domain, trajectories[place], int(start)) for start in chosen]
 

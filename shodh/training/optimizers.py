@@ -67,13 +67,11 @@ class StackedMuon(torch.optim.Muon):
     ) -> bool:
         lists = params_with_grad, grads, muon_momentum_bufs
         is_complex = super()._init_group(group, *lists)
-        visited = [grad.flatten(-2).any(-1).tolist() if grad.ndim == 3 else None for grad in grads]
+        if not grads or grads[0].ndim == 2:  # a group holds matrices or stacks, never both
+            return is_complex
+        visited = torch.cat([grad.flatten(1).any(1) for grad in grads]).tolist()  # one transfer for all stacks
         for tensors in lists:  # torch steps what it finds there in place, so views do
-            tensors[:] = [
-                matrix
-                for tensor, slices in zip(tensors, visited, strict=True)
-                for matrix in ([tensor] if slices is None else compress(tensor.unbind(), slices))
-            ]
+            tensors[:] = compress([matrix for tensor in tensors for matrix in tensor.unbind()], visited)
         return is_complex
 
 
