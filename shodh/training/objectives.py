@@ -28,7 +28,8 @@ class ForecastConfig:
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
     # From which optimizer step on how many steps are predicted in a row, each from the predictions before; 1 at first.
     unroll: tuple[tuple[int, int], ...] = ()
-    # Likewise at most how many steps go before those, without gradient; 0 at first. Each optimizer step draws how many.
+    # Likewise at most how many steps go before those, without gradient; 0 at first. Each optimizer step takes the
+    # smaller of two draws: short leads are cheap, and a model that seldom sees true states forgets the first step.
     lead: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,7 +81,8 @@ class ForecastObjective:
     def begin_step(self, step: int) -> None:
         draw = random.Random(step)  # the same on all ranks, and after a resume
         self.num_predicted = self.config.num_predicted(step)
-        self.lead, self.place = draw.randint(0, self.config.longest_lead(step)), draw.random()
+        self.place, longest = draw.random(), self.config.longest_lead(step)
+        self.lead = min(draw.randint(0, longest), draw.randint(0, longest))
         self.load = None
 
     def __call__(self, engine: Any, batch: LatentBatch) -> tuple[dict[str, Tensor], RoutedBatch]:
