@@ -57,17 +57,21 @@ def balance_loss(routing: Routing, choices: Float[Tensor, "e"]) -> Float[Tensor,
     return len(share) * (share * reduce(routing.probability, "n e -> e", "mean")).sum()
 
 
-def information_loss(here: Float[Tensor, "b e"], global_probability: Float[Tensor, "e"]) -> Float[Tensor, ""]:
+def information_loss(
+    here: Float[Tensor, "b e"], global_probability: Float[Tensor, "e"], choices: Float[Tensor, "e"]
+) -> Float[Tensor, ""]:
     """Minus the mutual information of sample and expert, in nats: H(expert | sample) - H(expert).
 
-    ``here`` holds each sample's probability of each expert, ``global_probability`` their sum over the global batch.
-    It asks for samples that know their expert and experts that share the samples, whatever the samples are: no label
-    enters. H(expert) is that of the global batch; its gradient flows through the samples here, and only until the
-    shares are even enough. Krause et al., Discriminative Clustering by Regularized Information Maximization (2010).
+    ``here`` holds each sample's probability of each expert; of the global batch, ``global_probability`` is their sum
+    and ``choices`` the tokens that each expert got. It asks for samples that know their expert and experts that share
+    the samples, whatever the samples are: no label enters. H(expert) is that of the global batch; its gradient flows
+    through the samples here, and only until the *tokens* are shared evenly enough: by probability alone an expert has
+    its share that is the second choice of many and the first of none. Krause et al., Discriminative Clustering by
+    Regularized Information Maximization (2010).
     """
     whole = global_probability / global_probability.sum()
     surprise = (here.mean(0) * whole.clamp_min(1e-12).log()).sum()  # minus the entropy, where here and whole agree
-    even = torch.special.entr(whole).sum() >= EVEN_ENOUGH * math.log(len(whole))
+    even = torch.special.entr(choices / choices.sum()).sum() >= EVEN_ENOUGH * math.log(len(whole))
     surprise = torch.where(even, surprise.detach(), surprise)
     return torch.special.entr(here).sum(-1).mean() + surprise
 

@@ -42,6 +42,12 @@ def load_of(routing: Routing, num_samples: int) -> GlobalLoad:
     return measure_load([routing], sample_probability([routing], num_samples))
 
 
+def inform(routing: Routing, num_samples: int) -> torch.Tensor:
+    """Of a batch that is the global one."""
+    load = load_of(routing, num_samples)
+    return information_loss(pooled(routing, num_samples), load.probability[0], load.choices[0])
+
+
 def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
     balanced = make_routing(torch.arange(80) % 8, 8)
     collapsed = make_routing(torch.zeros(80, dtype=torch.long), 8)
@@ -66,7 +72,9 @@ def test_z_loss_of_uniform_scores_is_the_squared_log_of_e():
 def test_information_is_the_log_of_the_number_of_kinds_when_each_kind_has_its_own_expert():
     routing = make_routing(torch.arange(12).repeat_interleave(5) % 3, 4)  # 12 samples of 5 tokens, of three kinds
     load = load_of(routing, 12)
-    assert float(information_loss(pooled(routing, 12), load.probability[0])) == pytest.approx(-math.log(3), rel=1e-5)
+    assert float(information_loss(pooled(routing, 12), load.probability[0], load.choices[0])) == pytest.approx(
+        -math.log(3), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,9 @@ def test_information_is_the_log_of_the_number_of_kinds_when_each_kind_has_its_ow
 def test_there_is_no_information_where_samples_do_not_differ(expert):
     routing = make_routing(expert, 4)
     load = load_of(routing, 15)
-    assert float(information_loss(pooled(routing, 15), load.probability[0])) == pytest.approx(0.0, abs=1e-5)
+    assert float(information_loss(pooled(routing, 15), load.probability[0], load.choices[0])) == pytest.approx(
+        0.0, abs=1e-5
+    )
 
 
 def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_parts():
@@ -91,22 +101,25 @@ def test_information_is_that_of_the_global_batch_and_its_gradient_adds_up_over_p
     overall = per_sample.mean(0)
     exact = torch.special.entr(per_sample).sum(-1).mean() - torch.special.entr(overall).sum()
     (expected,) = torch.autograd.grad(exact, score, retain_graph=True)
-    load = load_of(whole, 6).probability[0]
-    parts = [information_loss(pooled(routing_of(score[12 * i : 12 * (i + 1)]), 3), load) for i in range(2)]
+    load = load_of(whole, 6)
+    halves = [pooled(routing_of(rows), 3) for rows in score.split(12)]
+    uneven = torch.tensor([1.0, 0, 0, 0])
+    parts = [information_loss(half, load.probability[0], uneven) for half in halves]
     (found,) = torch.autograd.grad(torch.stack(parts).mean(), score)
     assert torch.stack(parts).mean().item() == pytest.approx(exact.item(), rel=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("experts", "asks"), [((0, 1, 2, 3), False), ((0, 1, 2, 2), True)])
-def test_three_kinds_of_which_one_has_two_experts_are_not_asked_to_share_them(experts, asks):
-    """Only where an expert is idle does the entropy of the shares have a gradient."""
+@pytest.mark.parametrize("sharpness", [4.0, 0.1], ids=["sure", "unsure"])
+def test_three_kinds_of_which_one_has_two_experts_are_not_asked_to_share_them(experts, asks, sharpness):
+    """Only where an expert is idle does the entropy of the shares have a gradient, however nearly it is chosen."""
     expert = torch.tensor([experts[0], experts[0], experts[1], experts[1], *experts[2:]]).repeat_interleave(5)
-    score = 4.0 * torch.nn.functional.one_hot(expert, 4)
+    score = sharpness * torch.nn.functional.one_hot(expert, 4)
     score.requires_grad_()
     probability = score.softmax(-1)
     routing = Routing(*reversed(probability.topk(1, dim=-1)), probability, score)
-    loss = information_loss(pooled(routing, 6), load_of(routing, 6).probability[0])
+    loss = inform(routing, 6)
     decided = torch.special.entr(pooled(routing, 6)).sum(-1).mean()
     found, alone = (torch.autograd.grad(value, score, retain_graph=True)[0] for value in (loss, decided))
     assert torch.allclose(found, alone) != asks
