@@ -143,6 +143,20 @@ def test_gradient_flows_through_all_steps_of_a_rollout():
     assert not torch.allclose(*gradients, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("step", "counts"), [(0, False), (6, False), (7, True), (100, True)])
+def test_information_counts_from_its_step_on(step, counts):
+    objective = ForecastObjective(
+        ForecastConfig(information_weight=0.5, information_from=7, balance_weight=0.0, z_weight=0.0)
+    )
+    objective.begin_step(step)
+    batch = make_batch(NUM_GIVEN + 1)._replace(states=torch.randn(6, NUM_GIVEN + 1, 4, 4, 4, 4))
+    terms, _ = objective(Spy(), batch)
+    terms = {name: value.item() for name, value in terms.items()}
+    rest = terms["data"] + objective.config.mean_weight * terms["mean"]
+    assert terms["information"] != 0.0
+    assert terms["total"] == pytest.approx(rest + 0.5 * counts * terms["information"], rel=1e-5)
+
+
 UNROLLS = [((0, 0),), ((5, 2), (5, 3)), ((5, 2), (4, 3)), ((-1, 2),)]
 
 
@@ -153,6 +167,8 @@ UNROLLS = [((0, 0),), ((5, 2), (5, 3)), ((5, 2), (4, 3)), ((-1, 2),)]
         {"lead": ((0, -1),)},
         {"information_weight": -0.1},
         {"bias_rate": -1.0},
+        {"as_one": -1},
+        {"information_from": -1},
     ],
 )
 def test_a_config_that_means_nothing_is_refused_by_name(bad):
