@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import reduce
@@ -27,9 +27,6 @@ class ForecastConfig:
     z_weight: float = 1e-4
     windows: int = 1  # samples of each trajectory that stand side by side in a batch; the information is of all as one
     change_floor: float = 0.02  # of the whitened latent's variance; a nearly still sample counts no more than this
-    # How a sample's error counts beyond persistence's: squared, or linearly, as in VRMSE. A sound that has nearly faded
-    # is wrong by many times its change after a few steps; squared, a few such samples outweigh all others.
-    beyond_persistence: Literal["squared", "linear"] = "squared"
     # From which optimizer step on how many steps are predicted in a row, each from the predictions before; 1 at first.
     unroll: tuple[tuple[int, int], ...] = ()
     # Likewise at most how many steps go before those, without gradient; 0 at first. Each optimizer step takes the
@@ -79,7 +76,7 @@ class ForecastObjective:
     """Objective of pretraining; balance and information see all ranks and the accumulation steps so far."""
 
     def __init__(self, config: ForecastConfig) -> None:
-        self.config, self.linear = config, config.beyond_persistence == "linear"
+        self.config = config
         self.num_predicted, self.lead, self.place = 1, 0, 0.0
         self.information_weight = 0.0  # of the present step
         self.load: GlobalLoad | None = None  # of the present step
@@ -103,7 +100,7 @@ class ForecastObjective:
         for k in range(first + self.lead, first + self.lead + self.num_predicted):
             forecast = engine(states, batch.medium, batch.parameters)
             before, truth = batch.states[:, NUM_GIVEN + k - 1], batch.states[:, NUM_GIVEN + k]
-            error = relative_errors(forecast.latent - truth, truth - before, self.config.change_floor, self.linear)
+            error = relative_errors(forecast.latent - truth, truth - before, self.config.change_floor)
             probability.append(sample_probability(forecast.routings, len(states)))
             terms.append(error | self._weigh_routing(forecast.routings, probability[-1]))
             routings.append(forecast.routings)
@@ -141,19 +138,16 @@ def follow(states: Float[Tensor, "b t c x y z"], latent: Float[Tensor, "b c x y 
 
 
 def relative_errors(
-    error: Float[Tensor, "b c x y z"], change: Float[Tensor, "b c x y z"], floor: float, linear: bool = False
+    error: Float[Tensor, "b c x y z"], change: Float[Tensor, "b c x y z"], floor: float
 ) -> dict[str, Tensor]:
     """Squared errors over the squared change of each sample, averaged: persistence scores 1 (less for still samples).
 
     "data" is of every cell, "mean" of the box means, which carry the mean flow: an error that all tokens share does not
     average out. The scale comes from the sample alone, so no label is needed to weigh slow and fast physics alike.
-    ``linear``: a ratio r counts 2 (sqrt(1 + r) - 1), as r where it is small and as its root where it is large; "data"
-    of persistence is then 0.83. Charbonnier et al., Two deterministic half-quadratic regularization algorithms (1994).
     """
     scale = _mean_square(change) + floor
     shared = reduce(error.float(), "b c x y z -> b c 1 1 1", "mean")
-    ratios = {"data": _mean_square(error.float()) / scale, "mean": _mean_square(shared) / scale}
-    return {name: (2 * ((1 + r).sqrt() - 1) if linear else r).mean() for name, r in ratios.items()}
+    return {"data": (_mean_square(error.float()) / scale).mean(), "mean": (_mean_square(shared) / scale).mean()}
 
 
 def _mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b"]:
