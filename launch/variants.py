@@ -122,5 +122,4 @@ def _change_model(model: TransformerConfig, variant: Variant, num_domains: int) 
 
 
 def _change_objective(objective: ForecastConfig, variant: Variant) -> ForecastConfig:
-    silent = {"information_weight": 0.0, "information_from": 0}
-    return objective if variant in INFORMED else dataclasses.replace(objective, **silent)
+    return objective if variant in INFORMED else dataclasses.replace(objective, information_weight=0.0)

@@ -1,15 +1,19 @@
 """A dozen typed fields -> a DeepSpeed engine; the only file that knows DeepSpeed's configuration and quirks."""
 
+import atexit
+import gc
 import logging
 import os
 import socket
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed.nn  # imported once there is a group, it keeps it for good: its functions' default
 from torch import nn
 
 from shodh.config import ConfigError
@@ -61,6 +65,9 @@ class EngineConfig:
             raise ValueError(f"extra.{owned[0]}: has a field of its own in engine. Set that instead.")
 
 
+_ENGINES: weakref.WeakSet[Any] = weakref.WeakSet()  # those to be destroyed with the process group
+
+
 class ProcessGroup(NamedTuple):
     """Where this process stands among its peers."""
 
@@ -74,7 +81,8 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     """Membership of the process group that the launcher describes, or of one with a single process.
 
     On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and
-    leaves 69 MB a rank in /dev/shm.
+    leaves 69 MB a rank in /dev/shm. At the end engines are destroyed, and garbage is collected before the interpreter goes:
+    engines are cycles that hold the group, whose threads abort the process if they let go of a tensor after that.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -89,12 +97,16 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import groups
 
+    atexit.register(gc.collect)
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     try:
         yield ProcessGroup(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:
+        for engine in list(_ENGINES):
+            engine.destroy()
         torch.distributed.destroy_process_group()
         groups._WORLD_GROUP = None  # else DeepSpeed's next engine in this process asks for the group that has gone
 
@@ -124,6 +136,7 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
     model = model.to(device)
     optimizer = build_optimizer(model, config.optimizer, config.weight_decay, config.betas)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    _ENGINES.add(engine)
     _create_moments(engine)
     return engine
 

@@ -21,7 +21,6 @@ class ForecastConfig:
     mean_weight: float = 16.0
     balance_weight: float = 0.01
     information_weight: float = 0.0
-    information_from: int = 0  # optimizer step from which on it counts: asked at once, routers keep layers from physics
     as_one: int = 0  # optimizer steps during which all routed experts are trained as one network (upcycling.py)
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
@@ -43,9 +42,8 @@ class ForecastConfig:
                 raise ValueError(f"{name}={stages}: too few steps. Give at least {fewest}.")
         if self.windows < 1:
             raise ValueError(f"windows={self.windows}: must be at least 1. Raise it.")
-        for name, zero in (("as_one", "let experts differ from the start"), ("information_from", "ask at once")):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0 to {zero}.")
+        if self.as_one < 0:
+            raise ValueError(f"as_one={self.as_one}: must not be negative. Use 0 to let experts differ from the start.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0 to switch it off.")
@@ -78,13 +76,11 @@ class ForecastObjective:
     def __init__(self, config: ForecastConfig) -> None:
         self.config = config
         self.num_predicted, self.lead, self.place = 1, 0, 0.0
-        self.information_weight = 0.0  # of the present step
         self.load: GlobalLoad | None = None  # of the present step
 
     def begin_step(self, step: int) -> None:
         draw = random.Random(step)  # the same on all ranks, and after a resume
         self.num_predicted = self.config.num_predicted(step)
-        self.information_weight = self.config.information_weight if step >= self.config.information_from else 0.0
         self.place, longest = draw.random(), self.config.longest_lead(step)
         self.lead = min(draw.randint(0, longest), draw.randint(0, longest))
         self.load = None
@@ -128,7 +124,7 @@ class ForecastObjective:
 
     def _total(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         config = self.config
-        routing = config.balance_weight * terms["balance"] + self.information_weight * terms["information"]
+        routing = config.balance_weight * terms["balance"] + config.information_weight * terms["information"]
         return {"total": terms["data"] + config.mean_weight * terms["mean"] + routing + config.z_weight * terms["z"]}
 
 

@@ -78,7 +78,7 @@ def test_solo_models_take_their_domains_share_of_every_batch_under_the_same_seed
         assert solo.domains == (name,) and solo.loop == joint.loop and solo.loop.seed == 5
         assert dataclasses.replace(solo.engine, batch_size=joint.engine.batch_size) == joint.engine
         assert solo.model == joint.model
-        assert solo.objective == dataclasses.replace(joint.objective, information_weight=0.0, information_from=0)
+        assert solo.objective == dataclasses.replace(joint.objective, information_weight=0.0)
         shares.append(solo.engine.batch_size)
     assert shares == [joint.engine.batch_size // 3] * 3
     assert set_job(config, Job("pair", 5)).engine.batch_size == 2 * shares[0]
