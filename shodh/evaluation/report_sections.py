@@ -30,7 +30,7 @@ FIELDS_NOTE = (
     "share their colours. The stored array's first axis points right, its second up."
 )
 ROLLOUT_NOTE = (
-    "Predicted from the states given of held-out trajectories. Persistence keeps the last of them. The linear latent "
+    "Predicted from a few true states of held-out trajectories. Persistence keeps the last of them. The linear latent "
     "model maps a latent cell and its neighbours, and is fitted to each domain by itself. The floor decodes the true "
     "latents, as well as a perfect prediction would do with this tokenizer. Octaves: coarse to fine. Permeability: "
     "mean flow per force. A dash: the quantity does not apply, or a forecast was lost."

@@ -81,8 +81,8 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     """Membership of the process group that the launcher describes, or of one with a single process.
 
     On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and
-    leaves 69 MB a rank in /dev/shm. At the end engines are destroyed, and garbage is collected before the interpreter goes:
-    engines are cycles that hold the group, whose threads abort the process if they let go of a tensor after that.
+    leaves 69 MB a rank in /dev/shm. At the end engines are destroyed, and garbage is collected before the interpreter
+    goes: engines are cycles that hold the group, whose threads abort the process if they let go of a tensor after that.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
