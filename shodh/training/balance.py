@@ -65,11 +65,10 @@ def information_loss(
     ``here`` holds each sample's probability of each expert; of the global batch, ``global_probability`` is their sum
     and ``choices`` the tokens that each expert got. It asks for samples that know their expert and experts that share
     the samples, whatever the samples are: no label enters. H(expert) is that of the global batch; its gradient flows
-    through the samples here, and only until both tokens and probability are shared evenly enough: an expert that is the
-    second choice of many and the first of none has its share of probability alone, and where biases even the choices
-    (AdjustBias) tokens say nothing of what the router prefers. With six experts or more, one may be idle and the shares
-    even enough: the balance loss is what fetches it. Krause et al., Discriminative Clustering by
-    Regularized Information Maximization (2010).
+    through the samples here, and only until both tokens and probability are shared evenly enough. It acts on
+    probability alone, so it vanishes where that is exactly even, whatever the tokens.
+
+    Krause et al., Discriminative Clustering by Regularized Information Maximization (2010).
     """
     whole = global_probability / global_probability.sum()
     surprise = (here.mean(0) * whole.clamp_min(1e-12).log()).sum()  # minus the entropy, where here and whole agree

@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed.nn  # imported once there is a group, it keeps it for good: its functions' default
+import torch.distributed.nn  # before any group exists: its functions' default arguments would hold the group for good
 from torch import nn
 
 from shodh.config import ConfigError
@@ -81,8 +82,8 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     """Membership of the process group that the launcher describes, or of one with a single process.
 
     On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and
-    leaves 69 MB a rank in /dev/shm. At the end engines are destroyed, and garbage is collected before the interpreter
-    goes: engines are cycles that hold the group, whose threads abort the process if they let go of a tensor after that.
+    leaves 69 MB a rank in /dev/shm. At the end engines are destroyed, so that the group's threads end before the
+    interpreter does: one that lets go of a tensor afterwards aborts the process.
     """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -97,18 +98,25 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import groups
 
-    atexit.register(gc.collect)
-
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     try:
         yield ProcessGroup(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:
-        for engine in list(_ENGINES):
-            engine.destroy()
-        torch.distributed.destroy_process_group()
-        groups._WORLD_GROUP = None  # else DeepSpeed's next engine in this process asks for the group that has gone
+        try:
+            while _ENGINES:
+                _ENGINES.pop().destroy()  # ZeRO's hooks keep an engine, which keeps the group
+        finally:
+            torch.distributed.destroy_process_group()
+            groups._WORLD_GROUP = None  # else DeepSpeed's next engine in this process asks for the group that has gone
+
+
+@atexit.register
+def _collect_engines() -> None:
+    """An engine is a cycle; where an exception ended the process, its traceback holds the engine too."""
+    vars(sys).update(last_value=None, last_traceback=None, last_exc=None)
+    gc.collect()
 
 
 def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -> Any:

@@ -119,15 +119,16 @@ def test_three_kinds_of_which_one_has_two_experts_are_not_asked_to_share_them(ex
 
 @pytest.mark.parametrize(
     ("probability", "choices", "asks"),
-    [([6, 6, 6, 6], [6, 6, 6, 6], False), ([6, 6, 6, 6], [12, 12, 0, 0], True), ([12, 12, 0, 0], [6, 6, 6, 6], True)],
+    [([6, 6, 6, 6], [6, 6, 6, 6], False), ([7, 6, 6, 5], [12, 12, 0, 0], True), ([12, 12, 0, 0], [6, 6, 6, 6], True)],
     ids=["both even", "an expert never chosen", "biases alone make choices even"],
 )
 def test_shares_are_even_enough_when_tokens_and_probability_of_the_global_batch_are(probability, choices, asks):
     """Whatever this part of it looks like: here all is on one expert."""
-    here = torch.tensor([[0.97, 0.01, 0.01, 0.01]] * 3, requires_grad=True)
+    score = torch.tensor([[4.0, 0.0, 0.0, 0.0]] * 3, requires_grad=True)
+    here = score.softmax(-1)
     loss = information_loss(here, torch.tensor(probability).float(), torch.tensor(choices).float())
     decided = torch.special.entr(here).sum(-1).mean()
-    found, alone = (torch.autograd.grad(value, here, retain_graph=True)[0] for value in (loss, decided))
+    found, alone = (torch.autograd.grad(value, score, retain_graph=True)[0] for value in (loss, decided))
     assert torch.allclose(found, alone) != asks
 
 

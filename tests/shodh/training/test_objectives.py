@@ -93,7 +93,7 @@ def test_experts_are_as_even_as_the_load_of_their_own_layer_over_the_accumulatio
     gradients = []
     for expert in (0, 1):
         score = torch.zeros(2, 48, 2)
-        score[:, :, expert] += 2.0
+        score[:, :, expert] += 2.0 + expert
         score[0, :, 0] += 9.0  # the first layer always sends all to the first
         score.requires_grad_()
 
@@ -141,6 +141,17 @@ def test_experts_that_change_from_step_to_step_or_window_to_window_tell_less_of_
     objective.begin_step(0)
     terms, _ = objective(route, make_batch(config.num_states))
     assert float(terms["information"]) == pytest.approx(information, abs=1e-5)
+
+
+def test_the_total_weighs_information():
+    config = ForecastConfig(information_weight=0.5, balance_weight=0.0, z_weight=0.0)
+    objective = ForecastObjective(config)
+    objective.begin_step(0)
+    batch = make_batch(NUM_GIVEN + 1)._replace(states=torch.randn(6, NUM_GIVEN + 1, 4, 4, 4, 4))
+    terms = {name: value.item() for name, value in objective(Spy(), batch)[0].items()}
+    rest = terms["data"] + config.mean_weight * terms["mean"]
+    assert terms["information"] != 0.0
+    assert terms["total"] == pytest.approx(rest + 0.5 * terms["information"], rel=1e-5)
 
 
 def test_gradient_flows_through_all_steps_of_a_rollout():
