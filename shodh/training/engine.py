@@ -115,7 +115,8 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
 @atexit.register
 def _collect_engines() -> None:
     """An engine is a cycle; where an exception ended the process, its traceback holds the engine too."""
-    vars(sys).update(last_value=None, last_traceback=None, last_exc=None)
+    for name in ("last_value", "last_traceback", "last_exc"):
+        setattr(sys, name, None)
     gc.collect()
 
 
