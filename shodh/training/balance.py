@@ -72,8 +72,8 @@ def information_loss(
     """
     whole = global_probability / global_probability.sum()
     surprise = (here.mean(0) * whole.clamp_min(1e-12).log()).sum()  # minus the entropy, where here and whole agree
-    least = torch.stack([torch.special.entr(shares).sum() for shares in (choices / choices.sum(), whole)]).min()
-    even = least >= EVEN_ENOUGH * math.log(len(whole))
+    entropies = torch.special.entr(torch.stack([choices / choices.sum(), whole])).sum(-1)
+    even = (entropies >= EVEN_ENOUGH * math.log(len(whole))).all()
     surprise = torch.where(even, surprise.detach(), surprise)
     return torch.special.entr(here).sum(-1).mean() + surprise
 
