@@ -96,7 +96,6 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
-    from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     __compatible_ops__["deepspeed_shm_comm"] = False
@@ -108,8 +107,7 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
             while _ENGINES:
                 _ENGINES.pop().destroy()  # ZeRO's hooks keep an engine, which keeps the group
         finally:
-            torch.distributed.destroy_process_group()
-            groups._WORLD_GROUP = None  # else DeepSpeed's next engine in this process asks for the group that has gone
+            deepspeed.comm.destroy_process_group()  # not torch's: DeepSpeed lets go of the group too
 
 
 @atexit.register
