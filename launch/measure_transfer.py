@@ -141,6 +141,7 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
     from shodh.model.transformer import LatentTransformer, find_stacks
     from shodh.training.balance import AdjustBias
     from shodh.training.engine import build_engine
+    from shodh.training.linear_start import SolveLinearExperts
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
     from shodh.training.upcycling import TrainAsOne
@@ -152,13 +153,19 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
     control_routers(model, job, [store.domain for store in latents])
     as_one = TrainAsOne(find_stacks(model), training.objective.as_one)
     tokens_per_sample = latents[0].cells_per_state // training.model.patch**3
+    engine = build_engine(model, training.engine, group.device)
+
+    def batches_from(step: int) -> Any:
+        return stream(mixture, step, group.device, group.rank, group.size)
+
     train_resumably(
-        build_engine(model, training.engine, group.device),
+        engine,
         ForecastObjective(training.objective),
-        lambda step: stream(mixture, step, group.device, group.rank, group.size),
+        batches_from,
         training.loop,
         hooks=[
             as_one,
+            SolveLinearExperts(engine, batches_from, training.objective.solve_at, training.objective.change_floor),
             *([AdjustBias(routers, training.objective.bias_rate)] if (routers := find_routers(model)) else []),
             MeasureRouting(training.domains, training.tracking.interval),
         ],

@@ -3,6 +3,8 @@
 deepspeed --num_accelerators 2 launch/pretrain.py configs/pretrain/quickstart.yaml [key=value ...]
 """
 
+from typing import Any
+
 from shodh.command_line import run, split_arguments
 
 
@@ -22,6 +24,7 @@ def main(arguments: list[str]) -> None:
     from shodh.training.alarm_log import AlarmLog
     from shodh.training.balance import AdjustBias
     from shodh.training.engine import build_engine, distributed
+    from shodh.training.linear_start import SolveLinearExperts
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
     from shodh.training.upcycling import TrainAsOne
@@ -39,14 +42,19 @@ def main(arguments: list[str]) -> None:
         measured = zip(stores, latents, strict=True) if group.rank == 0 else ()  # other ranks only train
         probes = [hold_out(tokenizer, store, cache, group.device, num_trajectories=1) for store, cache in measured]
         routing = MeasureRouting(config.domains, config.tracking.interval)
+
+        def batches_from(step: int) -> Any:
+            return stream(mixture, step, group.device, group.rank, group.size)
+
         log, settle = AlarmLog(config.run, "pretrain"), config.loop.schedule.num_warmup_steps
         train_resumably(
             engine,
             ForecastObjective(config.objective),
-            lambda step: stream(mixture, step, group.device, group.rank, group.size),
+            batches_from,
             config.loop,
             hooks=[
                 as_one,
+                SolveLinearExperts(engine, batches_from, config.objective.solve_at, config.objective.change_floor),
                 AdjustBias(find_routers(model), config.objective.bias_rate),
                 routing,
                 RaiseAlarms(routing, engine, log, config.model.top_k, settle),

@@ -1,5 +1,7 @@
 """Linear experts: what of the next latent state is a linear function of the given ones around a cell."""
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange, reduce, repeat
 from jaxtyping import Float
@@ -9,11 +11,11 @@ from torch.nn import functional
 from shodh.fields import Routing
 
 # Of the kernels' own values: neighbours are much alike, so a forecast from 27 of them wants smaller steps than a layer.
-GAIN = 0.1
+GAIN = 0.02
 
 
 class StencilExperts(nn.Module):
-    """3x3x3 convolutions, begun at zero; those of a token's experts, weighted by their gates, forecast its cells.
+    """3x3x3 convolutions, begun at zero; those of a token's experts forecast its cells, by their shares of its gates.
 
     A transformer reads tokens through normalised features, which blurs how large they are; convection and waves are
     linear in just that. Neighbours beyond the box are those of the other side where the axis is periodic, else zero.
@@ -36,13 +38,24 @@ class StencilExperts(nn.Module):
         with torch.autocast(fields.device.type, enabled=False):
             kernel = GAIN * rearrange(torch.stack(list(self.kernels)), "e c (m i j k) -> (e c) m i j k", i=3, j=3, k=3)
             every = functional.conv3d(surround(fields.float(), periodic.float()), kernel)
-            gate = routing.gate.detach()  # the router is taught by the layers alone: kernels would rather be mixed
-            share = torch.zeros_like(routing.probability).scatter(-1, routing.expert, gate)
-            share = reduce(share, "n (e several) -> n e", "sum", e=len(self.kernels))
-            x, y, z = (size // patch for size in fields.shape[-3:])
-            share = repeat(share, "(b x y z) e -> b e (x i) (y j) (z k)", x=x, y=y, z=z, i=patch, j=patch, k=patch)
             every = rearrange(every, "b (e c) x y z -> b e c x y z", e=len(self.kernels))
+            share = self.share_cells(routing, fields.shape[-3:], patch)
             return torch.einsum("b e c x y z, b e x y z -> b c x y z", every, share)
+
+    def share_cells(self, routing: Routing, grid: Sequence[int], patch: int) -> Float[Tensor, "b e x y z"]:
+        """How much of each kernel's forecast every cell of a latent grid takes."""
+        gate = routing.gate.detach()  # the router is taught by the layers alone: kernels would rather be mixed
+        gate = gate / gate.sum(-1, keepdim=True)  # a linear forecast is no better for being made smaller
+        share = torch.zeros_like(routing.probability).scatter(-1, routing.expert, gate)
+        share = reduce(share, "n (e several) -> n e", "sum", e=len(self.kernels))
+        x, y, z = (size // patch for size in grid)
+        return repeat(share, "(b x y z) e -> b e (x i) (y j) (z k)", x=x, y=y, z=z, i=patch, j=patch, k=patch)
+
+
+def neighbourhoods(fields: Float[Tensor, "b m x y z"], periodic: Float[Tensor, "b 3"]) -> Float[Tensor, "n u"]:
+    """What a kernel is multiplied with at every cell, as rows, x slowest."""
+    around = surround(fields.float(), periodic.float()).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)
+    return rearrange(around, "b m x y z i j k -> (b x y z) (m i j k)")
 
 
 def surround(fields: Float[Tensor, "b m x y z"], periodic: Float[Tensor, "b 3"]) -> Float[Tensor, "b m x+2 y+2 z+2"]:

@@ -17,6 +17,9 @@ from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
 from shodh.model.stencil import StencilExperts
 
+# Of what the last layer writes: linear experts leave little to be added, and a step's noise is as large as the step.
+CORRECTION = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
@@ -132,7 +135,6 @@ class LatentTransformer(nn.Module):
         x, y, z = states.shape[-3:]
         patch, grid = self.config.patch, (x, y, z)
         current, *changes = backward_differences(states)
-        fields = torch.cat([current, *changes, medium], 1)
         sizes = [root_mean_square(change) for change in changes]
         seen = [current, *(change / size for change, size in zip(changes, sizes, strict=True)), medium]
         tokens = self.embed(to_tokens(torch.cat(seen, 1), patch))
@@ -145,8 +147,21 @@ class LatentTransformer(nn.Module):
             tokens, routing = block(tokens, condition, angles)
             routings.append(routing)
         change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(current, sizes[0])
-        change = change + self.stencil(fields, parameters[:, len(PARAMETERS) :], routings[-1], patch)
+        linear = self.stencil(linear_inputs(states, medium), periodic_axes(parameters), routings[-1], patch)
+        change = CORRECTION * change + linear
         return Forecast(current + change.to(current.dtype), tuple(routings))
+
+
+def linear_inputs(
+    states: Float[Tensor, "b t c x y z"], medium: Float[Tensor, "b m x y z"]
+) -> Float[Tensor, "b n x y z"]:
+    """What linear experts see of every cell."""
+    return torch.cat([*backward_differences(states), medium], 1)
+
+
+def periodic_axes(parameters: Float[Tensor, "b q"]) -> Float[Tensor, "b 3"]:
+    """1 or 0 for each axis of a sample, as its conditions tell."""
+    return parameters[:, len(PARAMETERS) :]
 
 
 def backward_differences(states: Float[Tensor, "b t c x y z"]) -> list[Float[Tensor, "b c x y z"]]:

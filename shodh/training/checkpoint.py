@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shodh.config import ConfigError, dump_config
-from shodh.training.engine import moment_names, plain_optimizer
+from shodh.training.engine import moment_names, plain_optimizer, set_state
 from shodh.training.loop import StepRecord
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,6 @@ def collect_state(engine: Any) -> dict[str, Tensor]:
 
 def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
     """Inverse of ``collect_state`` on any number of ranks; raises CheckpointError on a missing or misshapen tensor."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     def find(key: str, like: Tensor) -> Tensor:
         if key not in state or state[key].shape != like.shape:
@@ -60,15 +59,8 @@ def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
     optimizer = plain_optimizer(engine)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
-            value = find(f"parameter/{name}", parameter)
-            parameter.copy_(value)
-            safe_set_full_fp32_param(parameter, value)
-            for moment in moment_names(engine, parameter):
-                value = find(f"{moment}/{name}", parameter)
-                if hasattr(parameter, "_hp_mapping"):
-                    safe_set_full_optimizer_state(parameter, value, moment)
-                else:
-                    optimizer.state[parameter][moment].copy_(value)
+            moments = {moment: find(f"{moment}/{name}", parameter) for moment in moment_names(engine, parameter)}
+            set_state(engine, parameter, find(f"parameter/{name}", parameter), moments)
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(find(f"buffer/{name}", buffer))
         for moments in optimizer.state.values():

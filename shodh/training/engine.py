@@ -8,14 +8,14 @@ import socket
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed.nn  # before any group exists: its functions' default arguments would hold the group for good
-from torch import nn
+from torch import Tensor, nn
 
 from shodh.config import ConfigError
 from shodh.device import find_device
@@ -157,6 +157,25 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """Use ``learning_rate`` in the coming optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def set_parameter(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter another value on all ranks, and let the optimizer forget what it remembers of it."""
+    set_state(engine, parameter, value, {name: torch.zeros_like(value) for name in moment_names(engine, parameter)})
+
+
+def set_state(engine: Any, parameter: nn.Parameter, value: Tensor, moments: Mapping[str, Tensor]) -> None:
+    """A parameter's FP32 value, wherever ZeRO keeps it, and the optimizer's moments of it."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    with torch.no_grad():
+        parameter.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+        for name, moment in moments.items():
+            if hasattr(parameter, "_hp_mapping"):
+                safe_set_full_optimizer_state(parameter, moment, name)
+            else:
+                plain_optimizer(engine).state[parameter][name].copy_(moment)
 
 
 def moment_names(engine: Any, parameter: nn.Parameter) -> tuple[str, ...]:

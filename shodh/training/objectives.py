@@ -22,6 +22,7 @@ class ForecastConfig:
     balance_weight: float = 0.01
     information_weight: float = 0.0
     as_one: int = 0  # optimizer steps during which all routed experts are trained as one network (upcycling.py)
+    solve_at: int = 0  # optimizer step before which linear experts are solved for (linear_start.py); 0: never
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
     windows: int = 1  # samples of each trajectory that stand side by side in a batch; the information is of all as one
@@ -42,6 +43,10 @@ class ForecastConfig:
                 raise ValueError(f"{name}={stages}: too few steps. Give at least {fewest}.")
         if self.windows < 1:
             raise ValueError(f"windows={self.windows}: must be at least 1. Raise it.")
+        if self.solve_at < 0:
+            raise ValueError(
+                f"solve_at={self.solve_at}: must not be negative. Use 0 to leave linear experts to training."
+            )
         if self.as_one < 0:
             raise ValueError(f"as_one={self.as_one}: must not be negative. Use 0 to let experts differ from the start.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
@@ -141,9 +146,14 @@ def relative_errors(
     "data" is of every cell, "mean" of the box means, which carry the mean flow: an error that all tokens share does not
     average out. The scale comes from the sample alone, so no label is needed to weigh slow and fast physics alike.
     """
-    scale = _mean_square(change) + floor
+    scale = expected_square(change, floor)
     shared = reduce(error.float(), "b c x y z -> b c 1 1 1", "mean")
     return {"data": (_mean_square(error.float()) / scale).mean(), "mean": (_mean_square(shared) / scale).mean()}
+
+
+def expected_square(change: Float[Tensor, "b c x y z"], floor: float) -> Float[Tensor, "b"]:
+    """What a sample's squared errors are measured in."""
+    return _mean_square(change) + floor
 
 
 def _mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b"]:

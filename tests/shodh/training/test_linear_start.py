@@ -1,0 +1,146 @@
+"""Linear experts that are solved for: each has the law of its own cells, once, and nothing else is touched."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from shodh.evaluation.controls import route_by_domain
+from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, DomainSpec, FieldSpec, LatentBatch
+from shodh.model.stencil import neighbourhoods
+from shodh.model.transformer import LatentTransformer, TransformerConfig, linear_inputs
+from shodh.training import linear_start
+from shodh.training.engine import EngineConfig, build_engine, distributed
+from shodh.training.linear_start import SolveLinearExperts, solve_ridge
+
+SMALL = TransformerConfig(
+    latent_channels=3, medium_channels=1, width=12, depth=1, num_heads=2, num_experts=2, hidden=8, semantic_width=8
+)
+FEATURES = (NUM_GIVEN * 3 + 1) * 27
+
+
+def domain(name: str, parameter: str) -> DomainSpec:
+    field = FieldSpec(name="f", units="1", location="cell", long_name="f")
+    return DomainSpec(
+        name=name,
+        velocity_space="solenoidal",
+        boundary=("periodic", "periodic", "periodic"),
+        velocity=field,
+        pressure=field,
+        medium=field,
+        parameters=(parameter,),
+    )
+
+
+DOMAINS = [domain("first", "dt"), domain("second", "viscosity")]
+LAWS = 0.1 * torch.randn(2, FEATURES, 3, generator=torch.Generator().manual_seed(1))
+
+
+def follow_law(states: Tensor, medium: Tensor, law: Tensor) -> Tensor:
+    rows = neighbourhoods(linear_inputs(states, medium), torch.ones(len(states), 3))
+    return states[:, -1] + (rows @ law).reshape(len(states), 4, 4, 4, 3).movedim(-1, 1)
+
+
+def batches(step: int, kinds: tuple[int, ...] = (0, 1, 1, 0, 1, 0)) -> Iterator[LatentBatch]:
+    """Random states, and what the law of each sample's kind makes of them."""
+    draw = torch.Generator().manual_seed(step)
+    kind = torch.tensor(kinds)
+    while True:
+        states = torch.randn(len(kinds), NUM_GIVEN, 3, 4, 4, 4, generator=draw)
+        medium = torch.randn(len(kinds), 1, 4, 4, 4, generator=draw)
+        both = torch.stack([follow_law(states, medium, law) for law in LAWS])
+        following = both[kind, torch.arange(len(kinds))]
+        parameters = torch.zeros(len(kinds), len(CONDITIONS))
+        parameters[:, len(PARAMETERS) :] = 1.0
+        names = [PARAMETERS.index(DOMAINS[k].parameters[0]) for k in kinds]
+        parameters[torch.arange(len(kinds)), names] = 0.5
+        yield LatentBatch(torch.cat([states, following[:, None]], 1), medium, parameters, kind)
+
+
+def build(engine: EngineConfig, group) -> tuple[LatentTransformer, object]:
+    torch.manual_seed(0)
+    model = LatentTransformer(SMALL)
+    route_by_domain(model, DOMAINS)
+    torch.nn.init.normal_(model.out.weight)
+    return model, build_engine(model, engine, group.device)
+
+
+def remember_a_step(engine) -> None:
+    """Give the optimizer something to forget."""
+    batch = next(batches(9))
+    engine.backward(engine(batch.states[:, :-1], batch.medium, batch.parameters).latent.square().mean())
+    engine.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, which DeepSpeed's ZeRO imports
+@pytest.mark.parametrize(("optimizer", "stage"), [("muon", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2)])
+def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(optimizer, stage):
+    with distributed(1) as group:
+        model, engine = build(EngineConfig(batch_size=6, zero_stage=stage, optimizer=optimizer), group)
+        remember_a_step(engine)
+        others = {n: p.detach().clone() for n, p in model.named_parameters() if "stencil" not in n and "out." not in n}
+        solve = SolveLinearExperts(engine, batches, at=7, change_floor=0.01)
+        solve.begin_step(6)
+        assert model.out.weight.any()
+        solve.begin_step(7)
+        for kinds in ((0, 0), (1, 1), (1, 0)):
+            batch = next(batches(3, kinds))
+            found = model(batch.states[:, :-1], batch.medium, batch.parameters).latent
+            change = batch.following - batch.current
+            assert (found - batch.following).square().mean() < 2e-4 * change.square().mean(), kinds
+        assert not model.out.weight.any() and not model.out.bias.any()
+        assert all(torch.equal(others[name], p) for name, p in model.named_parameters() if name in others)
+        engine.backward(0 * sum(p.sum() for p in model.parameters()))  # no gradient: only what is remembered moves
+        engine.step()
+        assert not model.out.weight.any()
+
+
+def test_zero_never_solves_and_a_resumed_run_does_not_solve_again():
+    with distributed(1) as group:
+        model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
+        SolveLinearExperts(engine, batches, at=0, change_floor=0.01).begin_step(0)
+        SolveLinearExperts(engine, batches, at=7, change_floor=0.01).begin_step(8)
+        assert model.out.weight.any() and not any(kernel.any() for kernel in model.stencil.kernels)
+
+
+def test_an_expert_with_fewer_cells_than_unknowns_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(linear_start, "NUM_BATCHES", 4)
+    with distributed(1) as group:
+        model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
+        few = SolveLinearExperts(engine, lambda step: batches(step, (0, 0, 0, 0, 0, 1)), at=1, change_floor=0.01)
+        assert 4 * 64 < FEATURES < 4 * 5 * 64
+        few.begin_step(1)
+        assert [bool(kernel.any()) for kernel in model.stencil.kernels] == [True, False]
+
+
+def test_samples_weigh_as_in_the_objective():
+    """Of two laws that one expert has to serve it prefers that of small changes, whose errors count for more."""
+    with distributed(1) as group:
+        torch.manual_seed(0)
+        model = LatentTransformer(SMALL)
+        route_by_domain(model, DOMAINS[:1])
+        engine = build_engine(model, EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group.device)
+
+        def mixed(step: int) -> Iterator[LatentBatch]:
+            for batch in batches(step, (0, 0, 0, 0)):
+                change = batch.following - batch.current
+                size = torch.tensor([0.1, 0.1, 1.0, 1.0]).reshape(-1, 1, 1, 1, 1)
+                following = batch.current + size * change
+                yield batch._replace(states=torch.cat([batch.given, following[:, None]], 1))
+
+        SolveLinearExperts(engine, mixed, at=1, change_floor=1e-6).begin_step(1)
+        batch = next(batches(3, (0, 0)))
+        change = batch.following - batch.current
+        found = model(batch.given, batch.medium, batch.parameters).latent.detach() - batch.current
+        factor = float((found * change).sum() / change.square().sum())
+        assert factor == pytest.approx((0.1 / 0.1**2 + 1) / (1 / 0.1**2 + 1), rel=0.05)  # weighted least squares
+
+
+def test_ridge_is_least_squares_where_it_is_small_and_ignores_a_feature_that_is_never_there():
+    rows, law = torch.randn(200, 5, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    rows[:, 3] = 0
+    found = solve_ridge(rows.T @ rows, rows.T @ (rows @ law), 1e-9)
+    expected = law.clone()
+    expected[3] = 0
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
