@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from figures import ROOT
@@ -19,6 +20,7 @@ from data.reader import Store  # noqa: E402
 from shodh.config import to_plain  # noqa: E402
 from shodh.model.transformer import LatentTransformer, TransformerConfig  # noqa: E402
 from shodh.training.engine import EngineConfig, ProcessGroup, build_engine  # noqa: E402
+from shodh.training.linear_start import SolveLinearExperts  # noqa: E402
 from shodh.training.loop import LoopConfig  # noqa: E402
 from shodh.training.objectives import ForecastConfig, ForecastObjective  # noqa: E402
 from shodh.training.run import train_resumably  # noqa: E402
@@ -94,7 +96,9 @@ def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, step
         num_experts=trial.num_experts,
         hidden=256,
     )
-    objective = ForecastConfig(balance_weight=0.01, information_weight=trial.information_weight, windows=2)
+    objective = ForecastConfig(
+        balance_weight=0.01, information_weight=trial.information_weight, windows=2, solve_at=steps // 2
+    )
     engine_config = EngineConfig(batch_size=BATCH_SIZE, optimizer="muon", zero_stage=0)
     warmup = min(30, steps // 4)
     schedule = ScheduleConfig(num_steps=steps, learning_rate=LEARNING_RATE, num_warmup_steps=warmup)
@@ -106,12 +110,17 @@ def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, step
     plain = {name: to_plain(part) for name, part in parts.items()}
     torch.manual_seed(trial.seed)
     model = LatentTransformer(model_config)
+    engine = build_engine(model, engine_config, group.device)
+
+    def batches_from(step: int) -> Any:
+        return stream(mixture, step, group.device, group.rank, group.size)
+
     train_resumably(
-        build_engine(model, engine_config, group.device),
+        engine,
         ForecastObjective(objective),
-        lambda step: stream(mixture, step, group.device, group.rank, group.size),
+        batches_from,
         loop,
-        hooks=(),
+        hooks=[SolveLinearExperts(engine, batches_from, objective.solve_at, objective.solve_batches)],
         folder=runs / trial.folder,
         phase="pretrain",
         identity=plain | {"data": _digests(pair), "tokenizer": tokenizer.digest},

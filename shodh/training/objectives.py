@@ -23,6 +23,7 @@ class ForecastConfig:
     information_weight: float = 0.0
     as_one: int = 0  # optimizer steps during which all routed experts are trained as one network (upcycling.py)
     solve_at: int = 0  # optimizer step before which linear experts are solved for (linear_start.py); 0: never
+    solve_batches: int = 256  # micro-batches that they are solved of; too few, and rollouts grow
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
     windows: int = 1  # samples of each trajectory that stand side by side in a batch; the information is of all as one
@@ -47,6 +48,8 @@ class ForecastConfig:
             raise ValueError(
                 f"solve_at={self.solve_at}: must not be negative. Use 0 to leave linear experts to training."
             )
+        if self.solve_batches < 1:
+            raise ValueError(f"solve_batches={self.solve_batches}: must be at least 1. Raise it.")
         if self.as_one < 0:
             raise ValueError(f"as_one={self.as_one}: must not be negative. Use 0 to let experts differ from the start.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):

@@ -73,14 +73,16 @@ def remember_a_step(engine) -> None:
     engine.step()
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, which DeepSpeed's ZeRO imports
+@pytest.mark.filterwarnings(
+    "ignore:.*script_method.*:DeprecationWarning"
+)  # torch's own, which DeepSpeed's ZeRO imports
 @pytest.mark.parametrize(("optimizer", "stage"), [("muon", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2)])
 def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(optimizer, stage):
     with distributed(1) as group:
         model, engine = build(EngineConfig(batch_size=6, zero_stage=stage, optimizer=optimizer), group)
         remember_a_step(engine)
         others = {n: p.detach().clone() for n, p in model.named_parameters() if "stencil" not in n and "out." not in n}
-        solve = SolveLinearExperts(engine, batches, at=7, change_floor=0.01)
+        solve = SolveLinearExperts(engine, batches, at=7, num_batches=64)
         solve.begin_step(6)
         assert model.out.weight.any()
         solve.begin_step(7)
@@ -88,7 +90,7 @@ def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(opt
             batch = next(batches(3, kinds))
             found = model(batch.states[:, :-1], batch.medium, batch.parameters).latent
             change = batch.following - batch.current
-            assert (found - batch.following).square().mean() < 2e-4 * change.square().mean(), kinds
+            assert (found - batch.following).square().mean() < 1e-3 * change.square().mean(), kinds
         assert not model.out.weight.any() and not model.out.bias.any()
         assert all(torch.equal(others[name], p) for name, p in model.named_parameters() if name in others)
         engine.backward(0 * sum(p.sum() for p in model.parameters()))  # no gradient: only what is remembered moves
@@ -99,42 +101,44 @@ def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(opt
 def test_zero_never_solves_and_a_resumed_run_does_not_solve_again():
     with distributed(1) as group:
         model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
-        SolveLinearExperts(engine, batches, at=0, change_floor=0.01).begin_step(0)
-        SolveLinearExperts(engine, batches, at=7, change_floor=0.01).begin_step(8)
+        SolveLinearExperts(engine, batches, at=0, num_batches=64).begin_step(0)
+        SolveLinearExperts(engine, batches, at=7, num_batches=64).begin_step(8)
         assert model.out.weight.any() and not any(kernel.any() for kernel in model.stencil.kernels)
 
 
-def test_an_expert_with_fewer_cells_than_unknowns_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(linear_start, "NUM_BATCHES", 4)
+def test_an_expert_with_fewer_cells_than_unknowns_stays_as_it_is():
     with distributed(1) as group:
         model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
-        few = SolveLinearExperts(engine, lambda step: batches(step, (0, 0, 0, 0, 0, 1)), at=1, change_floor=0.01)
+        few = SolveLinearExperts(engine, lambda step: batches(step, (0, 0, 0, 0, 0, 1)), 1, num_batches=4)
         assert 4 * 64 < FEATURES < 4 * 5 * 64
         few.begin_step(1)
         assert [bool(kernel.any()) for kernel in model.stencil.kernels] == [True, False]
 
 
-def test_samples_weigh_as_in_the_objective():
-    """Of two laws that one expert has to serve it prefers that of small changes, whose errors count for more."""
+def test_samples_count_by_their_change_down_to_a_floor(monkeypatch):
+    """Of two laws that one expert has to serve it prefers that of small changes, until they are below the floor."""
+
+    def mixed(step: int) -> Iterator[LatentBatch]:
+        for batch in batches(step, (0, 0, 0, 0)):
+            size = torch.tensor([0.1, 0.1, 1.0, 1.0]).reshape(-1, 1, 1, 1, 1)
+            following = batch.current + size * (batch.following - batch.current)
+            yield batch._replace(states=torch.cat([batch.given, following[:, None]], 1))
+
+    batch = next(batches(3, (0, 0)))
+    change = batch.following - batch.current
+    factors = []
     with distributed(1) as group:
-        torch.manual_seed(0)
-        model = LatentTransformer(SMALL)
-        route_by_domain(model, DOMAINS[:1])
-        engine = build_engine(model, EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group.device)
-
-        def mixed(step: int) -> Iterator[LatentBatch]:
-            for batch in batches(step, (0, 0, 0, 0)):
-                change = batch.following - batch.current
-                size = torch.tensor([0.1, 0.1, 1.0, 1.0]).reshape(-1, 1, 1, 1, 1)
-                following = batch.current + size * change
-                yield batch._replace(states=torch.cat([batch.given, following[:, None]], 1))
-
-        SolveLinearExperts(engine, mixed, at=1, change_floor=1e-6).begin_step(1)
-        batch = next(batches(3, (0, 0)))
-        change = batch.following - batch.current
-        found = model(batch.given, batch.medium, batch.parameters).latent.detach() - batch.current
-        factor = float((found * change).sum() / change.square().sum())
-        assert factor == pytest.approx((0.1 / 0.1**2 + 1) / (1 / 0.1**2 + 1), rel=0.05)  # weighted least squares
+        for floor in (1e-6, 1e6):
+            monkeypatch.setattr(linear_start, "CHANGE_FLOOR", floor)
+            torch.manual_seed(0)
+            model = LatentTransformer(SMALL)
+            route_by_domain(model, DOMAINS[:1])
+            engine = build_engine(model, EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group.device)
+            SolveLinearExperts(engine, mixed, at=1, num_batches=64).begin_step(1)
+            found = model(batch.given, batch.medium, batch.parameters).latent.detach() - batch.current
+            factors.append(float((found * change).sum() / change.square().sum()))
+    by_change, alike = (0.1 / 0.1**2 + 1) / (1 / 0.1**2 + 1), (0.1 + 1) / 2  # weighted means of 0.1 and 1
+    assert factors == pytest.approx([by_change, alike], rel=0.06)
 
 
 def test_ridge_is_least_squares_where_it_is_small_and_ignores_a_feature_that_is_never_there():

@@ -189,6 +189,8 @@ UNROLLS = [((0, 0),), ((5, 2), (5, 3)), ((5, 2), (4, 3)), ((-1, 2),)]
         {"information_weight": -0.1},
         {"bias_rate": -1.0},
         {"as_one": -1},
+        {"solve_at": -1},
+        {"solve_batches": 0},
     ],
 )
 def test_a_config_that_means_nothing_is_refused_by_name(bad):
