@@ -10,9 +10,8 @@ from torch.nn import functional
 
 from shodh.fields import Routing
 
-# Of the kernels' own values: neighbours are much alike, so a forecast from 27 of them wants far smaller steps than a
-# layer. It is solved for (training/linear_start.py), and then only needs to follow.
-GAIN = 0.005
+# Of the kernels' own values: neighbours are much alike, so a forecast from 27 of them wants smaller steps than a layer.
+GAIN = 0.1
 
 
 class StencilExperts(nn.Module):
@@ -23,8 +22,11 @@ class StencilExperts(nn.Module):
     Always FP32. Where there are fewer kernels than experts, as many successive experts share each.
     """
 
+    gain: Tensor
+
     def __init__(self, num_kernels: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        self.register_buffer("gain", torch.tensor(GAIN))  # training may make it smaller (training/linear_start.py)
         kernels = [torch.zeros(out_channels, in_channels * 27) for _ in range(num_kernels)]
         self.kernels = nn.ParameterList([nn.Parameter(kernel) for kernel in kernels])  # matrices, for Muon
 
@@ -37,7 +39,8 @@ class StencilExperts(nn.Module):
     ) -> Float[Tensor, "b c x y z"]:
         """The change of every latent cell; ``routing`` is of tokens of ``patch``^3 cells, ``periodic`` is 1 or 0."""
         with torch.autocast(fields.device.type, enabled=False):
-            kernel = GAIN * rearrange(torch.stack(list(self.kernels)), "e c (m i j k) -> (e c) m i j k", i=3, j=3, k=3)
+            kernel = self.gain * torch.stack(list(self.kernels))
+            kernel = rearrange(kernel, "e c (m i j k) -> (e c) m i j k", i=3, j=3, k=3)
             every = functional.conv3d(surround(fields.float(), periodic.float()), kernel)
             every = rearrange(every, "b (e c) x y z -> b e c x y z", e=len(self.kernels))
             share = self.share_cells(routing, fields.shape[-3:], patch)

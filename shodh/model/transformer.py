@@ -17,9 +17,6 @@ from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
 from shodh.model.stencil import StencilExperts
 
-# Of what the last layer writes: linear experts leave little to be added, and a step's noise is as large as the step.
-CORRECTION = 0.1
-
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
@@ -108,9 +105,12 @@ class LatentTransformer(nn.Module):
     their own size, and the logarithms of the sizes join the conditions.
     """
 
+    correction: Tensor  # what the layers' word counts
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.register_buffer("correction", torch.tensor(1.0))  # training may make it smaller (linear_start.py)
         cells = config.patch**3
         channels = config.latent_channels
         num_inputs = NUM_GIVEN * channels + config.medium_channels
@@ -148,7 +148,7 @@ class LatentTransformer(nn.Module):
             routings.append(routing)
         change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(current, sizes[0])
         linear = self.stencil(linear_inputs(states, medium), periodic_axes(parameters), routings[-1], patch)
-        change = CORRECTION * change + linear
+        change = self.correction * change + linear
         return Forecast(current + change.to(current.dtype), tuple(routings))
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shodh.fields import NUM_GIVEN, LatentBatch
-from shodh.model.stencil import GAIN, neighbourhoods
+from shodh.model.stencil import neighbourhoods
 from shodh.model.transformer import LatentTransformer, linear_inputs, periodic_axes
 from shodh.training.engine import set_parameter
 from shodh.training.objectives import expected_square
@@ -24,14 +24,18 @@ from shodh.training.objectives import expected_square
 RIDGE = 1e-2  # of a feature's mean square
 CHANGE_FLOOR = 0.5  # of the whitened latent's variance
 
+# From then on kernels need only follow, and little is left for the layers to add: a step's noise is as large as it is.
+GAIN_AFTER = 0.005
+CORRECTION_AFTER = 0.1
+
 
 class SolveLinearExperts:
     """Hook that, before step ``at``, gives every linear expert the best forecast of its own cells alone.
 
     Its own are those that the router sends to it by then; of k > 1 kernels in a cell each answers as if alone. The last
-    layer begins anew at zero, to add what is not linear, and the optimizer forgets both. The ``num_batches``
-    micro-batches are those that training goes on with. A kernel with fewer cells than unknowns stays as it is.
-    Collective over ranks; does nothing with ``at`` 0.
+    layer begins anew at zero, to add what is not linear, and the optimizer forgets both; kernels then move by smaller
+    steps and the layers' word counts less. The ``num_batches`` micro-batches are those that training goes on with. A
+    kernel with fewer cells than unknowns stays as it is. Collective over ranks; does nothing with ``at`` 0.
     """
 
     def __init__(self, engine: Any, batches_from: Callable[[int], Generator[Any]], at: int, num_batches: int) -> None:
@@ -46,8 +50,11 @@ class SolveLinearExperts:
         for total in (gram, moment, num_cells):
             torch.distributed.all_reduce(total)
         for kernel, squares, products, num in zip(model.stencil.kernels, gram, moment, num_cells, strict=True):
-            if num >= kernel.shape[1]:
-                set_parameter(self.engine, kernel, solve_ridge(squares, products, RIDGE).T.float() / GAIN)
+            solved = num >= kernel.shape[1]
+            value = solve_ridge(squares, products, RIDGE).T.float() if solved else model.stencil.gain * kernel.detach()
+            set_parameter(self.engine, kernel, value / GAIN_AFTER)
+        model.stencil.gain.fill_(GAIN_AFTER)
+        model.correction.fill_(CORRECTION_AFTER)
         for parameter in model.out.parameters():
             set_parameter(self.engine, parameter, torch.zeros_like(parameter))
 
