@@ -1,5 +1,6 @@
 """The Top-1 MoE latent transformer: the last latent states and the medium in, the next state out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from shodh.model.embedding import from_tokens, rotary_angles, to_tokens
 from shodh.model.experts import SharedExpert, StackedExperts
 from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
-from shodh.model.stencil import StencilExperts
+from shodh.model.stencil import StencilExperts, neighbourhoods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,21 +148,29 @@ class LatentTransformer(nn.Module):
             tokens, routing = block(tokens, condition, angles)
             routings.append(routing)
         change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(current, sizes[0])
-        linear = self.stencil(linear_inputs(states, medium), periodic_axes(parameters), routings[-1], patch)
+        linear = self.stencil(*linear_inputs(states, medium, parameters), routings[-1], patch)
         change = self.correction * change + linear
         return Forecast(current + change.to(current.dtype), tuple(routings))
 
+    def linear_rows(
+        self,
+        states: Float[Tensor, "b t c x y z"],
+        medium: Float[Tensor, "b m x y z"],
+        parameters: Float[Tensor, "b q"],
+    ) -> Float[Tensor, "n u"]:
+        """What the linear expert of every cell is multiplied with, x slowest."""
+        return neighbourhoods(*linear_inputs(states, medium, parameters))
+
+    def linear_shares(self, routing: Routing, grid: Sequence[int]) -> Float[Tensor, "n e"]:
+        """How much of every linear expert's forecast each of those cells takes."""
+        return rearrange(self.stencil.share_cells(routing, grid, self.config.patch), "b e x y z -> (b x y z) e")
+
 
 def linear_inputs(
-    states: Float[Tensor, "b t c x y z"], medium: Float[Tensor, "b m x y z"]
-) -> Float[Tensor, "b n x y z"]:
-    """What linear experts see of every cell."""
-    return torch.cat([*backward_differences(states), medium], 1)
-
-
-def periodic_axes(parameters: Float[Tensor, "b q"]) -> Float[Tensor, "b 3"]:
-    """1 or 0 for each axis of a sample, as its conditions tell."""
-    return parameters[:, len(PARAMETERS) :]
+    states: Float[Tensor, "b t c x y z"], medium: Float[Tensor, "b m x y z"], parameters: Float[Tensor, "b q"]
+) -> tuple[Float[Tensor, "b n x y z"], Float[Tensor, "b 3"]]:
+    """What linear experts see: fields, and 1 for each axis that is periodic, as the conditions tell, else 0."""
+    return torch.cat([*backward_differences(states), medium], 1), parameters[:, len(PARAMETERS) :]
 
 
 def backward_differences(states: Float[Tensor, "b t c x y z"]) -> list[Float[Tensor, "b c x y z"]]:

@@ -3,19 +3,17 @@
 What a kernel sees of 27 neighbours in three states is so much alike that a gradient hardly shows the way.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from shodh.fields import NUM_GIVEN, LatentBatch
-from shodh.model.stencil import neighbourhoods
-from shodh.model.transformer import LatentTransformer, linear_inputs, periodic_axes
+from shodh.fields import NUM_GIVEN, LatentBatch, Routing
 from shodh.training.engine import set_parameter
 from shodh.training.objectives import expected_square
 
@@ -27,6 +25,25 @@ CHANGE_FLOOR = 0.5  # of the whitened latent's variance
 # From then on kernels need only follow, and little is left for the layers to add: a step's noise is as large as it is.
 GAIN_AFTER = 0.005
 CORRECTION_AFTER = 0.1
+
+
+class LinearExperts(Protocol):
+    """A matrix for each expert, which "gain" makes smaller."""
+
+    kernels: Sequence[nn.Parameter]
+    gain: Tensor
+
+
+class PartlyLinear(Protocol):
+    """A model whose forecast is that of a linear expert, and "correction" times what its last layer writes."""
+
+    stencil: LinearExperts
+    out: nn.Module
+    correction: Tensor
+
+    def linear_rows(self, states: Tensor, medium: Tensor, parameters: Tensor) -> Float[Tensor, "n u"]: ...
+
+    def linear_shares(self, routing: Routing, grid: Sequence[int]) -> Float[Tensor, "n e"]: ...
 
 
 class SolveLinearExperts:
@@ -44,7 +61,7 @@ class SolveLinearExperts:
     def begin_step(self, step: int) -> None:
         if step != self.at or step == 0:
             return
-        model: LatentTransformer = self.engine.module
+        model: PartlyLinear = self.engine.module
         with closing(self.batches_from(step)) as batches:
             gram, moment, num_cells = sum_products(self.engine, islice(batches, self.num_batches))
         for total in (gram, moment, num_cells):
@@ -64,7 +81,7 @@ def sum_products(
     engine: Any, batches: Iterable[LatentBatch]
 ) -> tuple[Float[Tensor, "e u u"], Float[Tensor, "e u c"], Float[Tensor, "e"]]:
     """Of each kernel and its cells: features times features, features times changes, FP64, and how many cells."""
-    model: LatentTransformer = engine.module
+    model: PartlyLinear = engine.module
     num, (channels, features) = len(model.stencil.kernels), model.stencil.kernels[0].shape
     like = {"dtype": torch.float64, "device": model.stencil.kernels[0].device}
     gram, moment = torch.zeros(num, features, features, **like), torch.zeros(num, features, channels, **like)
@@ -73,10 +90,9 @@ def sum_products(
         states, truth = batch.states[:, :NUM_GIVEN], batch.states[:, NUM_GIVEN]
         routing = engine(states, batch.medium, batch.parameters).routings[-1]
         change, grid = truth - states[:, -1], truth.shape[-3:]
-        share = model.stencil.share_cells(routing, grid, model.config.patch)
-        share = rearrange(share, "b e x y z -> (b x y z) e")
+        share = model.linear_shares(routing, grid)
         weight = share / expected_square(change, CHANGE_FLOOR).repeat_interleave(grid.numel())[:, None]
-        rows = neighbourhoods(linear_inputs(states, batch.medium), periodic_axes(batch.parameters))
+        rows = model.linear_rows(states, batch.medium, batch.parameters)
         asked = rearrange(change, "b c x y z -> (b x y z) c")
         for kernel in range(num):
             own = weight[:, kernel] > 0

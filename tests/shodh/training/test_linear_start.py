@@ -38,7 +38,8 @@ LAWS = 0.1 * torch.randn(2, FEATURES, 3, generator=torch.Generator().manual_seed
 
 
 def follow_law(states: Tensor, medium: Tensor, law: Tensor) -> Tensor:
-    rows = neighbourhoods(linear_inputs(states, medium), torch.ones(len(states), 3))
+    everywhere = torch.ones(len(states), len(CONDITIONS))  # periodic
+    rows = neighbourhoods(*linear_inputs(states, medium, everywhere))
     return states[:, -1] + (rows @ law).reshape(len(states), 4, 4, 4, 3).movedim(-1, 1)
 
 
