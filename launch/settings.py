@@ -76,6 +76,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         require_domains(self.domains)
         require_positive(self, "checkpoint_interval", "measure_interval")
+        require_solved(self.objective, self.loop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,7 @@ class TransferMeasurement:
     def __post_init__(self) -> None:
         require_domains(self.domains)
         require_positive(self, "checkpoint_interval", "record_interval", "jobs")
+        require_solved(self.objective, self.loop)
         for name, values in (("seeds", self.seeds), ("variants", self.variants)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)}: name at least one, and none twice.")
@@ -170,6 +172,15 @@ def require_domains(domains: tuple[str, ...]) -> None:
     """ValueError unless there is a domain and none twice."""
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"domains={list(domains)}: name at least one, and none twice.")
+
+
+def require_solved(objective: ForecastConfig, loop: LoopConfig) -> None:
+    """Raise ValueError where training ends before linear experts are solved for."""
+    if objective.solve_at >= loop.schedule.num_steps:
+        raise ValueError(
+            f"objective.solve_at={objective.solve_at}: training ends after loop.schedule.num_steps="
+            f"{loop.schedule.num_steps}. Set it to a third of them, or to 0 to solve for nothing."
+        )
 
 
 def require_positive(config: object, *names: str) -> None:

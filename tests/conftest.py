@@ -45,16 +45,18 @@ def cpu_environment() -> dict[str, str]:
     return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
-def make_domain(space="solenoidal", boundary=("periodic", "wall", "periodic")) -> DomainSpec:
+def make_domain(
+    space="solenoidal", boundary=("periodic", "wall", "periodic"), name="anything", parameters=("dt",)
+) -> DomainSpec:
     cell = {"units": "1", "location": "cell"}
     return DomainSpec(
-        name="anything",
+        name=name,
         velocity_space=space,
         boundary=boundary,
         velocity=FieldSpec(name="flux", units="1", location="face", long_name="flux"),
         pressure=FieldSpec(name="pressure", long_name="pressure", **cell),
         medium=FieldSpec(name="wall_distance", long_name="distance to the wall", **cell),
-        parameters=("dt",),
+        parameters=parameters,
     )
 
 

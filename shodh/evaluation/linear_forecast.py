@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shodh.fields import NUM_GIVEN, Boundary, LatentBatch
 from shodh.model.stencil import surround
+from shodh.training.linear_start import solve_ridge
 
 Boundaries = tuple[Boundary, Boundary, Boundary]
 
@@ -71,11 +72,11 @@ def fit_linear_forecast(trajectories: Iterable[LatentBatch], boundary: Boundarie
     candidates = [
         (float(_mean_error(held_back, weights, columns)), stencil, ridge)
         for stencil, columns in zip(STENCILS, chosen, strict=True)
-        for ridge, weights in zip(RIDGES, solve_ridge(fitted, columns, RIDGES), strict=True)
+        for ridge, weights in zip(RIDGES, solve_ridges(fitted, columns, RIDGES), strict=True)
     ]
     _, stencil, ridge = min(candidates)
     columns = chosen[STENCILS.index(stencil)]
-    (weights,) = solve_ridge(_add(fitted, held_back), columns, (ridge,))
+    (weights,) = solve_ridges(_add(fitted, held_back), columns, (ridge,))
     return LinearForecast(weights, stencil, ridge, boundary)
 
 
@@ -110,15 +111,10 @@ def sum_products(batch: LatentBatch, boundary: Boundaries) -> NormalEquations:
     return total
 
 
-def solve_ridge(equations: NormalEquations, columns: Tensor, ridges: tuple[float, ...]) -> list[Float[Tensor, "u c"]]:
-    """Weights of the chosen features for each strength of the ridge, which weighs features scaled to mean square 1."""
+def solve_ridges(equations: NormalEquations, columns: Tensor, ridges: tuple[float, ...]) -> list[Float[Tensor, "u c"]]:
+    """Weights of the chosen features for each strength of the ridge."""
     gram, moment = equations.gram[columns][:, columns], equations.moment[columns]
-    scale = (gram.diagonal() / equations.num_cells).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)  # a feature that is always 0, such as a parameter the domain lacks
-    values, vectors = torch.linalg.eigh(gram / torch.outer(scale, scale) / equations.num_cells)
-    projected = vectors.T @ (moment / scale[:, None] / equations.num_cells)
-    values = values.clamp_min(0)[:, None]  # round-off makes some of a singular matrix negative
-    return [vectors @ (projected / (values + ridge)) / scale[:, None] for ridge in ridges]
+    return [solve_ridge(gram, moment, ridge) for ridge in ridges]
 
 
 def _mean_error(equations: NormalEquations, weights: Tensor, columns: Tensor) -> Tensor:

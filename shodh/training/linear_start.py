@@ -3,6 +3,8 @@
 What a kernel sees of 27 neighbours in three states is so much alike that a gradient hardly shows the way.
 """
 
+import random
+import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import islice
@@ -12,6 +14,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from shodh.fields import NUM_GIVEN, LatentBatch, Routing
 from shodh.training.engine import set_parameter
@@ -21,6 +24,10 @@ from shodh.training.objectives import expected_square
 # same, but what grows in a rollout grows faster.
 RIDGE = 1e-2  # of a feature's mean square
 CHANGE_FLOOR = 0.5  # of the whitened latent's variance
+# Of the sums of all experts, added to each one's own: nothing beside many cells, and what an expert has that got few or
+# none, whose kernel would otherwise never be of use to the tokens that may be sent to it later.
+COMMON = 3e-3
+CELLS_AT_ONCE = 2**14  # rows of features, 92 MB at 1404 of them
 
 # From then on kernels need only follow, and little is left for the layers to add: a step's noise is as large as it is.
 GAIN_AFTER = 0.005
@@ -51,8 +58,8 @@ class SolveLinearExperts:
 
     Its own are those that the router sends to it by then; of k > 1 kernels in a cell each answers as if alone. The last
     layer begins anew at zero, to add what is not linear, and the optimizer forgets both; kernels then move by smaller
-    steps and the layers' word counts less. The ``num_batches`` micro-batches are those that training goes on with. A
-    kernel with fewer cells than unknowns stays as it is. Collective over ranks; does nothing with ``at`` 0.
+    steps and the layers' word counts less. The ``num_batches`` micro-batches are those that training goes on with, a
+    drawn time of each. Collective over ranks; does nothing with ``at`` 0.
     """
 
     def __init__(self, engine: Any, batches_from: Callable[[int], Generator[Any]], at: int, num_batches: int) -> None:
@@ -62,45 +69,47 @@ class SolveLinearExperts:
         if step != self.at or step == 0:
             return
         model: PartlyLinear = self.engine.module
+        if torch.distributed.get_rank() == 0:  # the progress bar stands still meanwhile
+            tqdm.write(f"step {step}: solving for linear experts, {self.num_batches} micro-batches", file=sys.stderr)
         with closing(self.batches_from(step)) as batches:
-            gram, moment, num_cells = sum_products(self.engine, islice(batches, self.num_batches))
-        for total in (gram, moment, num_cells):
+            gram, moment = sum_products(self.engine, islice(batches, self.num_batches))
+        for total in (gram, moment):
             torch.distributed.all_reduce(total)
-        for kernel, squares, products, num in zip(model.stencil.kernels, gram, moment, num_cells, strict=True):
-            solved = num >= kernel.shape[1]
-            value = solve_ridge(squares, products, RIDGE).T.float() if solved else model.stencil.gain * kernel.detach()
-            set_parameter(self.engine, kernel, value / GAIN_AFTER)
+            total += COMMON * total.sum(0)
         model.stencil.gain.fill_(GAIN_AFTER)
         model.correction.fill_(CORRECTION_AFTER)
+        for kernel, *sums in zip(model.stencil.kernels, gram, moment, strict=True):
+            set_parameter(self.engine, kernel, solve_ridge(sums[0], sums[1], RIDGE).T.float() / model.stencil.gain)
         for parameter in model.out.parameters():
             set_parameter(self.engine, parameter, torch.zeros_like(parameter))
 
 
 @torch.no_grad()
-def sum_products(
-    engine: Any, batches: Iterable[LatentBatch]
-) -> tuple[Float[Tensor, "e u u"], Float[Tensor, "e u c"], Float[Tensor, "e"]]:
-    """Of each kernel and its cells: features times features, features times changes, FP64, and how many cells."""
+def sum_products(engine: Any, batches: Iterable[LatentBatch]) -> tuple[Float[Tensor, "e u u"], Float[Tensor, "e u c"]]:
+    """Of each kernel and its cells: features times features, and features times changes, summed up in FP64."""
     model: PartlyLinear = engine.module
     num, (channels, features) = len(model.stencil.kernels), model.stencil.kernels[0].shape
     like = {"dtype": torch.float64, "device": model.stencil.kernels[0].device}
     gram, moment = torch.zeros(num, features, features, **like), torch.zeros(num, features, channels, **like)
-    num_cells = torch.zeros(num, **like)
-    for batch in batches:
-        states, truth = batch.states[:, :NUM_GIVEN], batch.states[:, NUM_GIVEN]
-        routing = engine(states, batch.medium, batch.parameters).routings[-1]
-        change, grid = truth - states[:, -1], truth.shape[-3:]
-        share = model.linear_shares(routing, grid)
-        weight = share / expected_square(change, CHANGE_FLOOR).repeat_interleave(grid.numel())[:, None]
-        rows = model.linear_rows(states, batch.medium, batch.parameters)
-        asked = rearrange(change, "b c x y z -> (b x y z) c")
-        for kernel in range(num):
-            own = weight[:, kernel] > 0
-            weighted = (rows[own] * weight[own, kernel, None]).T
-            gram[kernel] += weighted @ rows[own]
-            moment[kernel] += weighted @ asked[own]
-            num_cells[kernel] += own.sum()
-    return gram, moment, num_cells
+    for number, batch in enumerate(batches):
+        last = batch.states.shape[1] - NUM_GIVEN - 1
+        first = random.Random(number).randint(0, last)  # the same on all ranks
+        states, truth = batch.states[:, first : first + NUM_GIVEN], batch.states[:, first + NUM_GIVEN]
+        num_samples = max(1, CELLS_AT_ONCE // truth[0, 0].numel())
+        parts = (values.split(num_samples) for values in (states, truth, batch.medium, batch.parameters))
+        for given, following, medium, parameters in zip(*parts, strict=True):
+            routing = engine(given, medium, parameters).routings[-1]
+            change, grid = following - given[:, -1], following.shape[-3:]
+            weight = model.linear_shares(routing, grid)
+            weight = weight / expected_square(change, CHANGE_FLOOR).repeat_interleave(grid.numel())[:, None]
+            rows = model.linear_rows(given, medium, parameters)
+            asked = rearrange(change.float(), "b c x y z -> (b x y z) c")
+            for kernel in range(num):
+                own = weight[:, kernel] > 0
+                weighted = (rows[own] * weight[own, kernel, None]).T
+                gram[kernel] += weighted @ rows[own]
+                moment[kernel] += weighted @ asked[own]
+    return gram, moment
 
 
 def solve_ridge(gram: Float[Tensor, "u u"], moment: Float[Tensor, "u c"], ridge: float) -> Float[Tensor, "u c"]:

@@ -87,8 +87,9 @@ def build_optimizer(
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if optimizer == "adamw":
         return torch.optim.AdamW(_decay_groups(named, weight_decay), lr=0.0, betas=betas)
-    hidden = [parameter for name, parameter in named if is_hidden_matrix(name, parameter)]
-    matrices, stacks = ([p for p in hidden if p.ndim == number] for number in (2, 3))
+    hidden = [(name, parameter) for name, parameter in named if is_hidden_matrix(name, parameter)]
+    matrices, stacks = ([p for name, p in hidden if p.ndim == number and decays(name, p)] for number in (2, 3))
+    kept = [p for name, p in hidden if not decays(name, p)]
     others = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
     if not matrices:
         raise ConfigError(
@@ -96,6 +97,8 @@ def build_optimizer(
             f"{MIN_MATRIX_SIDE}. Set engine.optimizer=adamw."
         )
     muon = StackedMuon(matrices, stacks, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    if kept:
+        muon.add_param_group({"params": kept, "weight_decay": 0.0})
     rest = [torch.optim.AdamW(_decay_groups(others, weight_decay), lr=0.0, betas=betas)] if others else []
     return JoinedOptimizer([muon, *rest])
 
@@ -116,9 +119,17 @@ def create_moments(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter] = moments if is_muon else {"step": torch.tensor(0.0), **moments}
 
 
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weights decay: those of matrices and convolutions, but no gain, bias, prototype or linear expert.
+
+    Linear experts are solved for and kept as large numbers that move by small steps, which decay would outweigh.
+    """
+    return parameter.ndim >= 2 and not name.endswith("prototype") and "stencil.kernels" not in name
+
+
 def _decay_groups(named: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; gains, biases and prototypes do not."""
-    decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("prototype")]
-    kept = [p for name, p in named if p.ndim < 2 or name.endswith("prototype")]
+    """Those that decay and those that do not."""
+    decayed = [p for name, p in named if decays(name, p)]
+    kept = [p for name, p in named if not decays(name, p)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from conftest import make_domain
 
 from shodh.config import ConfigError
 from shodh.evaluation.controls import DomainRecogniser, HashRouter, route_by_domain, route_by_hash
-from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, DomainSpec, FieldSpec
+from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, DomainSpec
 from shodh.model.router import SemanticRouter
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 
@@ -15,16 +16,7 @@ SMALL = TransformerConfig(
 
 
 def domain(name: str, *parameters: str) -> DomainSpec:
-    field = FieldSpec(name="f", units="1", location="cell", long_name="f")
-    return DomainSpec(
-        name=name,
-        velocity_space="solenoidal",
-        boundary=("periodic", "wall", "periodic"),
-        velocity=field,
-        pressure=field,
-        medium=field,
-        parameters=parameters,
-    )
+    return make_domain(name=name, parameters=parameters)
 
 
 DOMAINS = [domain("a", "dt"), domain("b", "dt", "viscosity"), domain("c", "dt", "frequency", "porosity")]

@@ -9,7 +9,7 @@ from shodh.evaluation.linear_forecast import (
     STENCILS,
     describe_cells,
     fit_linear_forecast,
-    solve_ridge,
+    solve_ridges,
     sum_products,
 )
 from shodh.evaluation.rollout import join_successive, measure_one_step, roll_out
@@ -57,7 +57,7 @@ def test_fewer_samples_than_unknowns_are_solved_by_the_ridge():
     equations = sum_products(batch, PERIODIC)
     assert equations.num_cells == 8 < len(equations.gram)
     columns = torch.arange(len(equations.gram))
-    for ridge, weights in zip(RIDGES, solve_ridge(equations, columns, RIDGES), strict=True):
+    for ridge, weights in zip(RIDGES, solve_ridges(equations, columns, RIDGES), strict=True):
         scaled = weights * (equations.gram.diagonal() / 8).sqrt()[:, None]
         assert bool(weights.isfinite().all()) and scaled.norm() < (equations.square / 8 / ridge).sqrt()
     fitted = fit_linear_forecast([batch, batch], PERIODIC)

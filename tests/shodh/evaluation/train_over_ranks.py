@@ -16,6 +16,7 @@ from shodh.model.router import find_routers
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 from shodh.training.balance import AdjustBias
 from shodh.training.engine import EngineConfig, ProcessGroup, build_engine, distributed
+from shodh.training.linear_start import SolveLinearExperts
 from shodh.training.loop import LoopConfig, train
 from shodh.training.objectives import ForecastConfig, ForecastObjective
 from shodh.training.schedule import ScheduleConfig
@@ -54,7 +55,8 @@ def main(file: Path) -> None:
         routing = MeasureRouting(("a", "b"), interval=1)
         keep = Keep(routing)
         loop = LoopConfig(schedule=ScheduleConfig(num_steps=NUM_STEPS, learning_rate=0.01, num_warmup_steps=1))
-        hooks = [AdjustBias(find_routers(model), 0.05), routing, keep]
+        solve = SolveLinearExperts(engine, lambda step: share(step, group), at=2, num_batches=4)
+        hooks = [solve, AdjustBias(find_routers(model), 0.05), routing, keep]
         train(engine, objective, lambda step: share(step, group), loop, hooks)
         biases = [router.bias.tolist() for router in find_routers(model)]
         if group.rank == 0:

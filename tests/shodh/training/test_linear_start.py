@@ -1,39 +1,29 @@
 """Linear experts that are solved for: each has the law of its own cells, once, and nothing else is touched."""
 
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import torch
+from conftest import make_domain
 from torch import Tensor
 
 from shodh.evaluation.controls import route_by_domain
-from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, DomainSpec, FieldSpec, LatentBatch
+from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, LatentBatch
 from shodh.model.stencil import neighbourhoods
 from shodh.model.transformer import LatentTransformer, TransformerConfig, linear_inputs
 from shodh.training import linear_start
-from shodh.training.engine import EngineConfig, build_engine, distributed
-from shodh.training.linear_start import SolveLinearExperts, solve_ridge
+from shodh.training.checkpoint import collect_state, restore_state
+from shodh.training.engine import EngineConfig, build_engine, distributed, set_learning_rate
+from shodh.training.linear_start import SolveLinearExperts, solve_ridge, sum_products
+from shodh.training.loop import LoopConfig, train
+from shodh.training.schedule import ScheduleConfig
 
 SMALL = TransformerConfig(
     latent_channels=3, medium_channels=1, width=12, depth=1, num_heads=2, num_experts=2, hidden=8, semantic_width=8
 )
 FEATURES = (NUM_GIVEN * 3 + 1) * 27
-
-
-def domain(name: str, parameter: str) -> DomainSpec:
-    field = FieldSpec(name="f", units="1", location="cell", long_name="f")
-    return DomainSpec(
-        name=name,
-        velocity_space="solenoidal",
-        boundary=("periodic", "periodic", "periodic"),
-        velocity=field,
-        pressure=field,
-        medium=field,
-        parameters=(parameter,),
-    )
-
-
-DOMAINS = [domain("first", "dt"), domain("second", "viscosity")]
+DOMAINS = [make_domain(name=f"of {name}", parameters=(name,)) for name in ("dt", "viscosity")]
 LAWS = 0.1 * torch.randn(2, FEATURES, 3, generator=torch.Generator().manual_seed(1))
 
 
@@ -45,9 +35,9 @@ def follow_law(states: Tensor, medium: Tensor, law: Tensor) -> Tensor:
 
 def batches(step: int, kinds: tuple[int, ...] = (0, 1, 1, 0, 1, 0)) -> Iterator[LatentBatch]:
     """Random states, and what the law of each sample's kind makes of them."""
-    draw = torch.Generator().manual_seed(step)
     kind = torch.tensor(kinds)
-    while True:
+    for number in count(step):
+        draw = torch.Generator().manual_seed(number)
         states = torch.randn(len(kinds), NUM_GIVEN, 3, 4, 4, 4, generator=draw)
         medium = torch.randn(len(kinds), 1, 4, 4, 4, generator=draw)
         both = torch.stack([follow_law(states, medium, law) for law in LAWS])
@@ -64,7 +54,9 @@ def build(engine: EngineConfig, group) -> tuple[LatentTransformer, object]:
     model = LatentTransformer(SMALL)
     route_by_domain(model, DOMAINS)
     torch.nn.init.normal_(model.out.weight)
-    return model, build_engine(model, engine, group.device)
+    built = build_engine(model, engine, group.device)
+    set_learning_rate(built, 0.01)
+    return model, built
 
 
 def remember_a_step(engine) -> None:
@@ -74,9 +66,7 @@ def remember_a_step(engine) -> None:
     engine.step()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*script_method.*:DeprecationWarning"
-)  # torch's own, which DeepSpeed's ZeRO imports
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch itself, which ZeRO imports
 @pytest.mark.parametrize(("optimizer", "stage"), [("muon", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2)])
 def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(optimizer, stage):
     with distributed(1) as group:
@@ -94,9 +84,11 @@ def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(opt
             assert (found - batch.following).square().mean() < 1e-3 * change.square().mean(), kinds
         assert not model.out.weight.any() and not model.out.bias.any()
         assert all(torch.equal(others[name], p) for name, p in model.named_parameters() if name in others)
+        solved = [parameter.detach().clone() for parameter in (*model.stencil.kernels, model.out.weight)]
         engine.backward(0 * sum(p.sum() for p in model.parameters()))  # no gradient: only what is remembered moves
         engine.step()
-        assert not model.out.weight.any()
+        assert all(map(torch.equal, (*model.stencil.kernels, model.out.weight), solved))
+        assert not all(torch.equal(others[name], p) for name, p in model.named_parameters() if name in others)
 
 
 def test_zero_never_solves_and_a_resumed_run_does_not_solve_again():
@@ -107,17 +99,75 @@ def test_zero_never_solves_and_a_resumed_run_does_not_solve_again():
         assert model.out.weight.any() and not any(kernel.any() for kernel in model.stencil.kernels)
 
 
-def test_an_expert_with_fewer_cells_than_unknowns_stays_as_it_is():
+def test_an_expert_without_cells_gets_what_serves_all():
     with distributed(1) as group:
         model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
-        few = SolveLinearExperts(engine, lambda step: batches(step, (0, 0, 0, 0, 0, 1)), 1, num_batches=4)
-        assert 4 * 64 < FEATURES < 4 * 5 * 64
-        second = model.stencil.kernels[1]
-        torch.nn.init.normal_(second)
-        before = (model.stencil.gain * second).clone()
-        few.begin_step(1)
-        assert model.stencil.kernels[0].any()
-        torch.testing.assert_close(model.stencil.gain * second, before)
+        SolveLinearExperts(engine, lambda step: batches(step, (0, 0, 0, 0)), 1, num_batches=64).begin_step(1)
+        batch = next(batches(3, (1, 1)))
+        found = model(batch.given, batch.medium, batch.parameters).latent
+        expected = follow_law(batch.given, batch.medium, LAWS[0])
+        assert (found - expected).square().mean() < 1e-3 * (expected - batch.current).square().mean()
+
+
+def test_all_times_of_a_sample_are_drawn():
+    with distributed(1) as group:
+        model, engine = build(EngineConfig(batch_size=2, zero_stage=0, optimizer="muon"), group)
+        seen = []
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+        batch = next(batches(3, (0, 1)))
+        long = batch._replace(states=torch.randn(2, NUM_GIVEN + 4, 3, 4, 4, 4))
+        sum_products(engine, [long] * 32)
+        windows = [long.states[:, first : first + NUM_GIVEN] for first in range(4)]
+        drawn = {[torch.equal(given, window) for window in windows].index(True) for given in seen}
+        assert drawn == {0, 1, 2, 3}
+
+
+def test_large_batches_are_taken_in_parts(monkeypatch):
+    with distributed(1) as group:
+        _, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
+        several = [next(batches(step)) for step in range(3)]
+        whole = sum_products(engine, several)
+        monkeypatch.setattr(linear_start, "CELLS_AT_ONCE", 130)  # two samples of 64 cells
+        for one, other in zip(whole, sum_products(engine, several), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+class SquareError:
+    def begin_step(self, step: int) -> None: ...
+
+    def __call__(self, engine, batch: LatentBatch) -> tuple[dict[str, Tensor], None]:
+        error = engine(batch.given, batch.medium, batch.parameters).latent - batch.following
+        return {"total": error.square().mean()}, None
+
+
+class StopAfter:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, record) -> None:
+        if record.step == self.step:
+            raise StopIteration
+
+
+def test_a_run_resumed_just_before_or_after_the_solve_is_the_uninterrupted_one_bit_for_bit():
+    loop = LoopConfig(schedule=ScheduleConfig(num_steps=5, learning_rate=0.01, num_warmup_steps=1))
+
+    def go(group, state=None, first: int = 0, last: int = 5) -> dict[str, Tensor]:
+        model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
+        if state is not None:
+            restore_state(engine, state)
+        hooks = [SolveLinearExperts(engine, batches, at=2, num_batches=8), StopAfter(last)]
+        with pytest.raises(StopIteration):
+            train(engine, SquareError(), batches, loop, hooks, first)
+        return collect_state(engine)
+
+    with distributed(1) as group:
+        whole = go(group)
+        assert float(whole["buffer/correction"]) < 1
+        for stop in (2, 3):
+            resumed = go(group, go(group, last=stop), stop)
+            assert resumed.keys() == whole.keys()
+            assert all(torch.equal(resumed[name], whole[name]) for name in whole), stop
 
 
 def test_samples_count_by_their_change_down_to_a_floor(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from shodh.config import ConfigError
+from shodh.model.transformer import LatentTransformer, TransformerConfig
 from shodh.training.optimizers import OptimizerName, build_optimizer, create_moments, is_hidden_matrix
 
 BETAS = (0.9, 0.95)
@@ -204,3 +205,17 @@ def steps_to(fraction: float, name: OptimizerName, seed: int, num_steps: int = 3
 def test_muon_solves_an_ill_conditioned_quadratic_in_fewer_steps_than_adamw(seed):
     """To 1e-4; to 1e-2 AdamW is sooner, whose steps are longer as long as the gradient keeps its sign."""
     assert steps_to(1e-4, "muon", seed) < steps_to(1e-4, "adamw", seed)
+
+
+def test_linear_experts_follow_their_gradient_but_do_not_decay():
+    config = TransformerConfig(
+        latent_channels=8, medium_channels=2, width=24, depth=1, num_heads=2, num_experts=2, hidden=8, semantic_width=8
+    )
+    for name in ("muon", "adamw"):
+        model = LatentTransformer(config)
+        for parameter in (*model.stencil.kernels, model.embed.weight):
+            nn.init.ones_(parameter)
+        step(model, build(model, name), {n: torch.zeros_like(p) for n, p in model.named_parameters()})
+        assert all((kernel == 1).all() for kernel in model.stencil.kernels) and (model.embed.weight < 1).all()
+        step(model, build(model, name), draw_gradients(model, 1)[0])
+        assert all((kernel != 1).any() for kernel in model.stencil.kernels)
