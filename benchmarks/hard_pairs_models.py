@@ -120,7 +120,7 @@ def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, step
         ForecastObjective(objective),
         batches_from,
         loop,
-        hooks=[SolveLinearExperts(engine, batches_from, objective.solve_at, objective.solve_batches)],
+        hooks=[SolveLinearExperts(engine, batches_from, objective)],
         folder=runs / trial.folder,
         phase="pretrain",
         identity=plain | {"data": _digests(pair), "tokenizer": tokenizer.digest},

@@ -165,7 +165,7 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
         training.loop,
         hooks=[
             as_one,
-            SolveLinearExperts(engine, batches_from, training.objective.solve_at, training.objective.solve_batches),
+            SolveLinearExperts(engine, batches_from, training.objective),
             *([AdjustBias(routers, training.objective.bias_rate)] if (routers := find_routers(model)) else []),
             MeasureRouting(training.domains, training.tracking.interval),
         ],

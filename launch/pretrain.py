@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
             config.loop,
             hooks=[
                 as_one,
-                SolveLinearExperts(engine, batches_from, config.objective.solve_at, config.objective.solve_batches),
+                SolveLinearExperts(engine, batches_from, config.objective),
                 AdjustBias(find_routers(model), config.objective.bias_rate),
                 routing,
                 RaiseAlarms(routing, engine, log, config.model.top_k, settle),

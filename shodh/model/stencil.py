@@ -38,13 +38,8 @@ class StencilExperts(nn.Module):
         patch: int,
     ) -> Float[Tensor, "b c x y z"]:
         """The change of every latent cell; ``routing`` is of tokens of ``patch``^3 cells, ``periodic`` is 1 or 0."""
-        with torch.autocast(fields.device.type, enabled=False):
-            kernel = self.gain * torch.stack(list(self.kernels))
-            kernel = rearrange(kernel, "e c (m i j k) -> (e c) m i j k", i=3, j=3, k=3)
-            every = functional.conv3d(surround(fields.float(), periodic.float()), kernel)
-            every = rearrange(every, "b (e c) x y z -> b e c x y z", e=len(self.kernels))
-            share = self.share_cells(routing, fields.shape[-3:], patch)
-            return torch.einsum("b e c x y z, b e x y z -> b c x y z", every, share)
+        kernels = self.gain * torch.stack(list(self.kernels))
+        return convolve(kernels, fields, periodic, self.share_cells(routing, fields.shape[-3:], patch))
 
     def share_cells(self, routing: Routing, grid: Sequence[int], patch: int) -> Float[Tensor, "b e x y z"]:
         """How much of each kernel's forecast every cell of a latent grid takes."""
@@ -54,6 +49,20 @@ class StencilExperts(nn.Module):
         share = reduce(share, "n (e several) -> n e", "sum", e=len(self.kernels))
         x, y, z = (size // patch for size in grid)
         return repeat(share, "(b x y z) e -> b e (x i) (y j) (z k)", x=x, y=y, z=z, i=patch, j=patch, k=patch)
+
+
+def convolve(
+    kernels: Float[Tensor, "e c u"],
+    fields: Float[Tensor, "b m x y z"],
+    periodic: Float[Tensor, "b 3"],
+    share: Float[Tensor, "b e x y z"],
+) -> Float[Tensor, "b c x y z"]:
+    """What the kernels make of every cell, each counting by its share there; FP32."""
+    with torch.autocast(fields.device.type, enabled=False):
+        weight = rearrange(kernels, "e c (m i j k) -> (e c) m i j k", i=3, j=3, k=3)
+        every = functional.conv3d(surround(fields.float(), periodic.float()), weight)
+        every = rearrange(every, "b (e c) x y z -> b e c x y z", e=len(kernels))
+        return torch.einsum("b e c x y z, b e x y z -> b c x y z", every, share)
 
 
 def neighbourhoods(fields: Float[Tensor, "b m x y z"], periodic: Float[Tensor, "b 3"]) -> Float[Tensor, "n u"]:

@@ -16,7 +16,7 @@ from shodh.model.embedding import from_tokens, rotary_angles, to_tokens
 from shodh.model.experts import SharedExpert, StackedExperts
 from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
-from shodh.model.stencil import StencilExperts, neighbourhoods
+from shodh.model.stencil import StencilExperts, convolve, neighbourhoods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,19 @@ class LatentTransformer(nn.Module):
         linear = self.stencil(*linear_inputs(states, medium, parameters), routings[-1], patch)
         change = self.correction * change + linear
         return Forecast(current + change.to(current.dtype), tuple(routings))
+
+    def forecast_linearly(
+        self,
+        kernels: Float[Tensor, "e c u"],
+        states: Float[Tensor, "b t c x y z"],
+        medium: Float[Tensor, "b m x y z"],
+        parameters: Float[Tensor, "b q"],
+        routing: Routing,
+    ) -> Float[Tensor, "b c x y z"]:
+        """The next latent state by linear experts alone, with other kernels and a routing that is given; FP32."""
+        fields, periodic = linear_inputs(states, medium, parameters)
+        share = self.stencil.share_cells(routing, states.shape[-3:], self.config.patch)
+        return states[:, -1].float() + convolve(kernels, fields, periodic, share)
 
     def linear_rows(
         self,

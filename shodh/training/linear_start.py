@@ -5,7 +5,7 @@ What a kernel sees of 27 neighbours in three states is so much alike that a grad
 
 import random
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, Protocol
@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from shodh.fields import NUM_GIVEN, LatentBatch, Routing
 from shodh.training.engine import set_parameter
-from shodh.training.objectives import expected_square
+from shodh.training.linear_rollouts import refine_kernels, whitening_directions
+from shodh.training.objectives import ForecastConfig, expected_square
 
 # With a tenth of the ridge, or samples that count by their own change however small, the error one step ahead is the
 # same, but what grows in a rollout grows faster.
@@ -54,34 +55,65 @@ class PartlyLinear(Protocol):
 
 
 class SolveLinearExperts:
-    """Hook that, before step ``at``, gives every linear expert the best forecast of its own cells alone.
+    """Hook that, before step ``solve_at``, gives every linear expert the best forecast of its own cells alone.
 
-    Its own are those that the router sends to it by then; of k > 1 kernels in a cell each answers as if alone. The last
-    layer begins anew at zero, to add what is not linear, and the optimizer forgets both; kernels then move by smaller
-    steps and the layers' word counts less. The ``num_batches`` micro-batches are those that training goes on with, a
-    drawn time of each. Collective over ranks; does nothing with ``at`` 0.
+    Its own are those that the router sends to it by then; of k > 1 kernels in a cell each answers as if alone. With
+    ``refine_steps`` they are then refined for rollouts (linear_rollouts.py). The last layer begins anew at zero, to add
+    what is not linear, and the optimizer forgets both; kernels then move by smaller steps and the layers' word counts
+    less. The micro-batches are those that training goes on with, a drawn time of each. Collective over ranks; does
+    nothing with ``solve_at`` 0.
     """
 
-    def __init__(self, engine: Any, batches_from: Callable[[int], Generator[Any]], at: int, num_batches: int) -> None:
-        self.engine, self.batches_from, self.at, self.num_batches = engine, batches_from, at, num_batches
+    def __init__(
+        self, engine: Any, batches_from: Callable[[int], Generator[LatentBatch]], objective: ForecastConfig
+    ) -> None:
+        self.engine, self.batches_from, self.objective = engine, batches_from, objective
 
     def begin_step(self, step: int) -> None:
-        if step != self.at or step == 0:
+        if step != self.objective.solve_at or step == 0:
             return
         model: PartlyLinear = self.engine.module
-        if torch.distributed.get_rank() == 0:  # the progress bar stands still meanwhile
-            tqdm.write(f"step {step}: solving for linear experts, {self.num_batches} micro-batches", file=sys.stderr)
         with closing(self.batches_from(step)) as batches:
-            gram, moment = sum_products(self.engine, islice(batches, self.num_batches))
+            kernels = self._solve(step, batches)
+        model.stencil.gain.fill_(GAIN_AFTER)
+        model.correction.fill_(CORRECTION_AFTER)
+        for kernel, value in zip(model.stencil.kernels, kernels, strict=True):
+            set_parameter(self.engine, kernel, value.T / model.stencil.gain)
+        for parameter in model.out.parameters():
+            set_parameter(self.engine, parameter, torch.zeros_like(parameter))
+
+    def _solve(self, step: int, batches: Iterable[LatentBatch]) -> Float[Tensor, "e u c"]:
+        num_batches, num_steps = self.objective.solve_batches, self.objective.refine_steps
+        say(f"step {step}: solving for linear experts, {num_batches} micro-batches")
+        gram, moment = sum_products(self.engine, draw_windows(islice(batches, num_batches), 1))
         for total in (gram, moment):
             torch.distributed.all_reduce(total)
             total += COMMON * total.sum(0)
-        model.stencil.gain.fill_(GAIN_AFTER)
-        model.correction.fill_(CORRECTION_AFTER)
-        for kernel, *sums in zip(model.stencil.kernels, gram, moment, strict=True):
-            set_parameter(self.engine, kernel, solve_ridge(sums[0], sums[1], RIDGE).T.float() / model.stencil.gain)
-        for parameter in model.out.parameters():
-            set_parameter(self.engine, parameter, torch.zeros_like(parameter))
+        kernels = torch.stack([solve_ridge(*sums, RIDGE) for sums in zip(gram, moment, strict=True)]).float()
+        if num_steps:
+            num_batches = self.objective.refine_batches
+            say(f"step {step}: refining them for {num_steps} steps in a row, {num_batches} micro-batches")
+            directions = torch.stack([whitening_directions(squares, RIDGE) for squares in gram]).float()
+            windows = draw_windows(islice(batches, num_batches), num_steps)
+            kernels, losses = refine_kernels(self.engine, kernels, directions, windows, num_batches)
+            few = max(1, num_batches // 10)
+            before, after = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
+            say(f"step {step}: their loss went from {before:.3f} to {after:.3f}")
+        return kernels
+
+
+def say(line: str) -> None:
+    """One line on rank 0, above the progress bar, which stands still meanwhile."""
+    if torch.distributed.get_rank() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def draw_windows(batches: Iterable[LatentBatch], num_predicted: int) -> Iterator[LatentBatch]:
+    """Of each batch the given states and as many more, at a time that is drawn, the same on all ranks."""
+    length = NUM_GIVEN + num_predicted
+    for number, batch in enumerate(batches):
+        first = random.Random(number).randint(0, batch.states.shape[1] - length)
+        yield batch._replace(states=batch.states[:, first : first + length])
 
 
 @torch.no_grad()
@@ -91,12 +123,10 @@ def sum_products(engine: Any, batches: Iterable[LatentBatch]) -> tuple[Float[Ten
     num, (channels, features) = len(model.stencil.kernels), model.stencil.kernels[0].shape
     like = {"dtype": torch.float64, "device": model.stencil.kernels[0].device}
     gram, moment = torch.zeros(num, features, features, **like), torch.zeros(num, features, channels, **like)
-    for number, batch in enumerate(batches):
-        last = batch.states.shape[1] - NUM_GIVEN - 1
-        first = random.Random(number).randint(0, last)  # the same on all ranks
-        states, truth = batch.states[:, first : first + NUM_GIVEN], batch.states[:, first + NUM_GIVEN]
-        num_samples = max(1, CELLS_AT_ONCE // truth[0, 0].numel())
-        parts = (values.split(num_samples) for values in (states, truth, batch.medium, batch.parameters))
+    for batch in batches:
+        num_samples = max(1, CELLS_AT_ONCE // batch.following[0, 0].numel())
+        each = (batch.given, batch.following, batch.medium, batch.parameters)
+        parts = (values.split(num_samples) for values in each)
         for given, following, medium, parameters in zip(*parts, strict=True):
             routing = engine(given, medium, parameters).routings[-1]
             change, grid = following - given[:, -1], following.shape[-3:]

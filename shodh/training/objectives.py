@@ -24,6 +24,8 @@ class ForecastConfig:
     as_one: int = 0  # optimizer steps during which all routed experts are trained as one network (upcycling.py)
     solve_at: int = 0  # optimizer step before which linear experts are solved for (linear_start.py); 0: never
     solve_batches: int = 256  # micro-batches that they are solved of; too few, and rollouts grow
+    refine_steps: int = 0  # that they are then refined to forecast in a row (linear_rollouts.py); 0: not refined
+    refine_batches: int = 200  # micro-batches for that
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4
     windows: int = 1  # samples of each trajectory that stand side by side in a batch; the information is of all as one
@@ -48,8 +50,15 @@ class ForecastConfig:
             raise ValueError(
                 f"solve_at={self.solve_at}: must not be negative. Use 0 to leave linear experts to training."
             )
-        if self.solve_batches < 1:
-            raise ValueError(f"solve_batches={self.solve_batches}: must be at least 1. Raise it.")
+        for name in ("solve_batches", "refine_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
+        if self.refine_steps < 0:
+            raise ValueError(f"refine_steps={self.refine_steps}: must not be negative. Use 0 to refine nothing.")
+        if self.refine_steps and not self.solve_at:
+            raise ValueError(
+                f"refine_steps={self.refine_steps}: only experts that are solved for are refined. Set solve_at."
+            )
         if self.as_one < 0:
             raise ValueError(f"as_one={self.as_one}: must not be negative. Use 0 to let experts differ from the start.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
@@ -68,7 +77,8 @@ class ForecastConfig:
     def num_states(self) -> int:
         """How many successive states a batch must hold."""
         starts = {0, *(start for start, _ in (*self.unroll, *self.lead))}
-        return NUM_GIVEN + max(self.num_predicted(step) + self.longest_lead(step) for step in starts)
+        in_a_row = max(self.num_predicted(step) + self.longest_lead(step) for step in starts)
+        return NUM_GIVEN + max(in_a_row, self.refine_steps)
 
 
 class RoutedBatch(NamedTuple):
@@ -151,13 +161,14 @@ def relative_errors(
     """
     scale = expected_square(change, floor)
     shared = reduce(error.float(), "b c x y z -> b c 1 1 1", "mean")
-    return {"data": (_mean_square(error.float()) / scale).mean(), "mean": (_mean_square(shared) / scale).mean()}
+    return {"data": (mean_square(error.float()) / scale).mean(), "mean": (mean_square(shared) / scale).mean()}
 
 
 def expected_square(change: Float[Tensor, "b c x y z"], floor: float) -> Float[Tensor, "b"]:
     """What a sample's squared errors are measured in."""
-    return _mean_square(change) + floor
+    return mean_square(change) + floor
 
 
-def _mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b"]:
+def mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b"]:
+    """Of each sample."""
     return reduce(values**2, "b c x y z -> b", "mean")

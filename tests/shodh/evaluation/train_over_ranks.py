@@ -51,13 +51,21 @@ def main(file: Path) -> None:
         engine = build_engine(
             model, EngineConfig(batch_size=BATCH, accumulation=ACCUMULATION, zero_stage=0), group.device
         )
-        objective = ForecastObjective(ForecastConfig(information_weight=0.3, bias_rate=0.05, unroll=((2, 2),)))
+        config = ForecastConfig(
+            information_weight=0.3,
+            bias_rate=0.05,
+            solve_at=2,
+            solve_batches=4,
+            refine_steps=2,
+            refine_batches=4,
+            unroll=((2, 2),),
+        )
         routing = MeasureRouting(("a", "b"), interval=1)
         keep = Keep(routing)
         loop = LoopConfig(schedule=ScheduleConfig(num_steps=NUM_STEPS, learning_rate=0.01, num_warmup_steps=1))
-        solve = SolveLinearExperts(engine, lambda step: share(step, group), at=2, num_batches=4)
+        solve = SolveLinearExperts(engine, lambda step: share(step, group), config)
         hooks = [solve, AdjustBias(find_routers(model), 0.05), routing, keep]
-        train(engine, objective, lambda step: share(step, group), loop, hooks)
+        train(engine, ForecastObjective(config), lambda step: share(step, group), loop, hooks)
         biases = [router.bias.tolist() for router in find_routers(model)]
         if group.rank == 0:
             file.write_text(json.dumps({"steps": keep.steps, "ranks": keep.ranks, "biases": biases}))

@@ -15,8 +15,9 @@ from shodh.model.transformer import LatentTransformer, TransformerConfig, linear
 from shodh.training import linear_start
 from shodh.training.checkpoint import collect_state, restore_state
 from shodh.training.engine import EngineConfig, build_engine, distributed, set_learning_rate
-from shodh.training.linear_start import SolveLinearExperts, solve_ridge, sum_products
+from shodh.training.linear_start import SolveLinearExperts, draw_windows, solve_ridge, sum_products
 from shodh.training.loop import LoopConfig, train
+from shodh.training.objectives import ForecastConfig
 from shodh.training.schedule import ScheduleConfig
 
 SMALL = TransformerConfig(
@@ -25,6 +26,10 @@ SMALL = TransformerConfig(
 FEATURES = (NUM_GIVEN * 3 + 1) * 27
 DOMAINS = [make_domain(name=f"of {name}", parameters=(name,)) for name in ("dt", "viscosity")]
 LAWS = 0.1 * torch.randn(2, FEATURES, 3, generator=torch.Generator().manual_seed(1))
+
+
+def solve(at: int, num_batches: int = 64) -> ForecastConfig:
+    return ForecastConfig(solve_at=at, solve_batches=num_batches)
 
 
 def follow_law(states: Tensor, medium: Tensor, law: Tensor) -> Tensor:
@@ -73,10 +78,10 @@ def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(opt
         model, engine = build(EngineConfig(batch_size=6, zero_stage=stage, optimizer=optimizer), group)
         remember_a_step(engine)
         others = {n: p.detach().clone() for n, p in model.named_parameters() if "stencil" not in n and "out." not in n}
-        solve = SolveLinearExperts(engine, batches, at=7, num_batches=64)
-        solve.begin_step(6)
+        hook = SolveLinearExperts(engine, batches, solve(at=7))
+        hook.begin_step(6)
         assert model.out.weight.any()
-        solve.begin_step(7)
+        hook.begin_step(7)
         for kinds in ((0, 0), (1, 1), (1, 0)):
             batch = next(batches(3, kinds))
             found = model(batch.states[:, :-1], batch.medium, batch.parameters).latent
@@ -94,15 +99,15 @@ def test_each_expert_gets_the_law_of_its_own_cells_and_the_layers_begin_anew(opt
 def test_zero_never_solves_and_a_resumed_run_does_not_solve_again():
     with distributed(1) as group:
         model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
-        SolveLinearExperts(engine, batches, at=0, num_batches=64).begin_step(0)
-        SolveLinearExperts(engine, batches, at=7, num_batches=64).begin_step(8)
+        SolveLinearExperts(engine, batches, solve(at=0)).begin_step(0)
+        SolveLinearExperts(engine, batches, solve(at=7)).begin_step(8)
         assert model.out.weight.any() and not any(kernel.any() for kernel in model.stencil.kernels)
 
 
 def test_an_expert_without_cells_gets_what_serves_all():
     with distributed(1) as group:
         model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
-        SolveLinearExperts(engine, lambda step: batches(step, (0, 0, 0, 0)), 1, num_batches=64).begin_step(1)
+        SolveLinearExperts(engine, lambda step: batches(step, (0, 0, 0, 0)), solve(at=1)).begin_step(1)
         batch = next(batches(3, (1, 1)))
         found = model(batch.given, batch.medium, batch.parameters).latent
         expected = follow_law(batch.given, batch.medium, LAWS[0])
@@ -110,16 +115,10 @@ def test_an_expert_without_cells_gets_what_serves_all():
 
 
 def test_all_times_of_a_sample_are_drawn():
-    with distributed(1) as group:
-        model, engine = build(EngineConfig(batch_size=2, zero_stage=0, optimizer="muon"), group)
-        seen = []
-        model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-        batch = next(batches(3, (0, 1)))
-        long = batch._replace(states=torch.randn(2, NUM_GIVEN + 4, 3, 4, 4, 4))
-        sum_products(engine, [long] * 32)
-        windows = [long.states[:, first : first + NUM_GIVEN] for first in range(4)]
-        drawn = {[torch.equal(given, window) for window in windows].index(True) for given in seen}
-        assert drawn == {0, 1, 2, 3}
+    long = next(batches(3, (0, 1)))._replace(states=torch.randn(2, NUM_GIVEN + 4, 3, 4, 4, 4))
+    windows = [long.states[:, first : first + NUM_GIVEN + 1] for first in range(4)]
+    drawn = [batch.states for batch in draw_windows([long] * 32, num_predicted=1)]
+    assert {[torch.equal(states, window) for window in windows].index(True) for states in drawn} == {0, 1, 2, 3}
 
 
 def test_large_batches_are_taken_in_parts(monkeypatch):
@@ -156,7 +155,7 @@ def test_a_run_resumed_just_before_or_after_the_solve_is_the_uninterrupted_one_b
         model, engine = build(EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group)
         if state is not None:
             restore_state(engine, state)
-        hooks = [SolveLinearExperts(engine, batches, at=2, num_batches=8), StopAfter(last)]
+        hooks = [SolveLinearExperts(engine, batches, solve(at=2, num_batches=8)), StopAfter(last)]
         with pytest.raises(StopIteration):
             train(engine, SquareError(), batches, loop, hooks, first)
         return collect_state(engine)
@@ -189,7 +188,7 @@ def test_samples_count_by_their_change_down_to_a_floor(monkeypatch):
             model = LatentTransformer(SMALL)
             route_by_domain(model, DOMAINS[:1])
             engine = build_engine(model, EngineConfig(batch_size=6, zero_stage=0, optimizer="muon"), group.device)
-            SolveLinearExperts(engine, mixed, at=1, num_batches=64).begin_step(1)
+            SolveLinearExperts(engine, mixed, solve(at=1)).begin_step(1)
             found = model(batch.given, batch.medium, batch.parameters).latent.detach() - batch.current
             factors.append(float((found * change).sum() / change.square().sum()))
     by_change, alike = (0.1 / 0.1**2 + 1) / (1 / 0.1**2 + 1), (0.1 + 1) / 2  # weighted means of 0.1 and 1

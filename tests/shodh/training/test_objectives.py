@@ -191,6 +191,9 @@ UNROLLS = [((0, 0),), ((5, 2), (5, 3)), ((5, 2), (4, 3)), ((-1, 2),)]
         {"as_one": -1},
         {"solve_at": -1},
         {"solve_batches": 0},
+        {"refine_batches": 0},
+        {"refine_steps": -1},
+        {"refine_steps": 4},  # of experts that nothing solves for
     ],
 )
 def test_a_config_that_means_nothing_is_refused_by_name(bad):
