@@ -5,7 +5,7 @@
 # make exactness  divergence of thousands of decodes, which must be exactly 0
 # make transfer   joint training against solo, dense, oracle and hash models over three seeds (SIZE=debug: minutes)
 # make ablations  the same beside k = 2 and 4, no information loss, no parameters told, two domains; do experts specialise
-# make forecast   one larger model of the three domains, trained for long, against persistence and a linear model
+# make forecast   one model whose linear experts are refined for rollouts, against persistence and a linear model
 # make pairs      does the router tell apart two Reynolds numbers, two rocks, or places within one field
 # make ladder     three tokenizers of different rates against the best linear codes: an hour of CPU each
 # make benchmarks reading and a training step with it against what is fastest elsewhere; what the tokenizer's parts cost
