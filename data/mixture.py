@@ -316,7 +316,9 @@ def _trajectories(store: Store | LatentStore, split: Split, num_states: int) -> 
     """Those of a split. Raises ConfigError unless there are some, of enough snapshots."""
     trajectories = store.trajectories(split)
     if not trajectories or store.num_snapshots < num_states:
-        raise ConfigError(f"store={store.path}: no {num_states} successive snapshots. Generate more.")
+        raise ConfigError(
+            f"store={store.path}: no {num_states} successive snapshots. Generate more, or forecast fewer in a row."
+        )
     return trajectories
 
 

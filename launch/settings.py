@@ -179,7 +179,7 @@ def require_solved(objective: ForecastConfig, loop: LoopConfig) -> None:
     if objective.solve_at >= loop.schedule.num_steps:
         raise ValueError(
             f"objective.solve_at={objective.solve_at}: training ends after loop.schedule.num_steps="
-            f"{loop.schedule.num_steps}. Set it to a third of them, or to 0 to solve for nothing."
+            f"{loop.schedule.num_steps}. Set it to a third of them, or to 0, with refine_steps=0, to solve for nothing."
         )
 
 

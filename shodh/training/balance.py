@@ -17,7 +17,8 @@ from shodh.training.loop import StepRecord
 
 # Of the largest entropy that shares of experts can have. Three kinds of physics cannot fill four experts evenly unless
 # one expert mixes them: two of four that share one kind have 0.96 if they halve it and 0.928 if one takes a quarter.
-# With a tenth (0.87) as enough, half of the batches held none of it, and some experts died.
+# With a tenth (0.87) as enough, half of the batches held none of it, and some experts died. Kinds that are drawn
+# unevenly, or more of them than experts, may never be as even: then experts are pressed to mix them.
 EVEN_ENOUGH = 0.93
 
 

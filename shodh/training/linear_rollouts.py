@@ -19,7 +19,7 @@ RATE = 3e-3  # of a direction's unit length; with 1e-2 the rollouts of sound bur
 BETAS = (0.9, 0.95)
 FIRST_STEP_WEIGHT = 0.5  # of its error over its change, beside the mean of all over the states themselves
 STATE_FLOOR = 0.05  # of the whitened latent's variance
-CHANGE_FLOOR = 0.02  # likewise
+BURST = 1e3  # of its deviation: a rollout grows no further, nor teaches
 
 
 class LinearForecaster(Protocol):
@@ -36,6 +36,7 @@ def refine_kernels(
     directions: Float[Tensor, "e u u"],
     batches: Iterable[LatentBatch],
     num_batches: int,
+    change_floor: float,
 ) -> tuple[Float[Tensor, "e u c"], list[float]]:
     """Kernels that err less over all steps that ``batches`` hold, in a row, and the loss of each batch on the way.
 
@@ -48,7 +49,7 @@ def refine_kernels(
     for number, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = RATE * (1 - number / num_batches)
         moved = (kernels + directions @ amounts).transpose(1, 2)
-        loss = rollout_loss(engine, moved, batch)
+        loss = rollout_loss(engine, moved, batch, change_floor)
         (amounts.grad,) = torch.autograd.grad(loss, amounts)
         mean = torch.cat([amounts.grad.flatten(), loss.detach().reshape(1)]) / torch.distributed.get_world_size()
         torch.distributed.all_reduce(mean)
@@ -58,8 +59,10 @@ def refine_kernels(
     return kernels + directions @ amounts.detach(), losses
 
 
-def rollout_loss(engine: Any, kernels: Float[Tensor, "e c u"], batch: LatentBatch) -> Float[Tensor, ""]:
-    """Of linear experts alone: squared error over the state's mean square, as log(1 + it), for a burst is no emergency.
+def rollout_loss(
+    engine: Any, kernels: Float[Tensor, "e c u"], batch: LatentBatch, change_floor: float
+) -> Float[Tensor, ""]:
+    """Of linear experts alone: squared error over the state's mean square, as log(1 + it), lest few samples rule all.
 
     The mean over steps and samples, and half of the first step's error over its change.
     """
@@ -70,10 +73,11 @@ def rollout_loss(engine: Any, kernels: Float[Tensor, "e c u"], batch: LatentBatc
     errors = []
     for k in range(NUM_GIVEN, batch.states.shape[1]):
         latent = model.forecast_linearly(kernels, states, batch.medium, batch.parameters, routing)
+        latent = latent.clamp(-BURST, BURST)
         truth = batch.states[:, k].float()
         error = mean_square(latent - truth)
         if not errors:
-            first = error / expected_square(truth - states[:, -1], CHANGE_FLOOR)
+            first = error / expected_square(truth - states[:, -1], change_floor)
         errors.append(torch.log1p(error / expected_square(truth, STATE_FLOOR)))
         states = follow(states, latent)
     return torch.stack(errors).mean() + FIRST_STEP_WEIGHT * first.mean()

@@ -24,10 +24,10 @@ from shodh.training.objectives import ForecastConfig, expected_square
 # With a tenth of the ridge, or samples that count by their own change however small, the error one step ahead is the
 # same, but what grows in a rollout grows faster.
 RIDGE = 1e-2  # of a feature's mean square
-CHANGE_FLOOR = 0.5  # of the whitened latent's variance
-# Of the sums of all experts, added to each one's own: nothing beside many cells, and what an expert has that got few or
-# none, whose kernel would otherwise never be of use to the tokens that may be sent to it later.
-COMMON = 3e-3
+SOLVE_FLOOR = 0.5  # of the whitened latent's variance
+# Of all experts' cells each is given as many as this times the number of features, beside its own: what an expert with
+# few or no cells has, whose kernel would otherwise be of no use to the tokens that a router may send it later.
+COMMON = 0.1
 CELLS_AT_ONCE = 2**14  # rows of features, 92 MB at 1404 of them
 
 # From then on kernels need only follow, and little is left for the layers to add: a step's noise is as large as it is.
@@ -55,7 +55,7 @@ class PartlyLinear(Protocol):
 
 
 class SolveLinearExperts:
-    """Hook that, before step ``solve_at``, gives every linear expert the best forecast of its own cells alone.
+    """Hook that, before step ``solve_at``, gives every linear expert the best forecast of its own cells.
 
     Its own are those that the router sends to it by then; of k > 1 kernels in a cell each answers as if alone. With
     ``refine_steps`` they are then refined for rollouts (linear_rollouts.py). The last layer begins anew at zero, to add
@@ -85,20 +85,23 @@ class SolveLinearExperts:
     def _solve(self, step: int, batches: Iterable[LatentBatch]) -> Float[Tensor, "e u c"]:
         num_batches, num_steps = self.objective.solve_batches, self.objective.refine_steps
         say(f"step {step}: solving for linear experts, {num_batches} micro-batches")
-        gram, moment = sum_products(self.engine, draw_windows(islice(batches, num_batches), 1))
-        for total in (gram, moment):
+        gram, moment, num_cells = sum_products(self.engine, draw_windows(islice(batches, num_batches), 1))
+        for total in (gram, moment, num_cells):
             torch.distributed.all_reduce(total)
-            total += COMMON * total.sum(0)
+        for total in (gram, moment):
+            total += COMMON * gram.shape[1] / num_cells * total.sum(0)
         kernels = torch.stack([solve_ridge(*sums, RIDGE) for sums in zip(gram, moment, strict=True)]).float()
         if num_steps:
             num_batches = self.objective.refine_batches
             say(f"step {step}: refining them for {num_steps} steps in a row, {num_batches} micro-batches")
             directions = torch.stack([whitening_directions(squares, RIDGE) for squares in gram]).float()
             windows = draw_windows(islice(batches, num_batches), num_steps)
-            kernels, losses = refine_kernels(self.engine, kernels, directions, windows, num_batches)
+            floor = self.objective.change_floor
+            kernels, losses = refine_kernels(self.engine, kernels, directions, windows, num_batches, floor)
             few = max(1, num_batches // 10)
             before, after = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
             say(f"step {step}: their loss went from {before:.3f} to {after:.3f}")
+        torch.distributed.broadcast(kernels, 0)  # unlike processors round unlike
         return kernels
 
 
@@ -112,17 +115,25 @@ def draw_windows(batches: Iterable[LatentBatch], num_predicted: int) -> Iterator
     """Of each batch the given states and as many more, at a time that is drawn, the same on all ranks."""
     length = NUM_GIVEN + num_predicted
     for number, batch in enumerate(batches):
-        first = random.Random(number).randint(0, batch.states.shape[1] - length)
+        spare = batch.states.shape[1] - length
+        if spare < 0:
+            raise ValueError(
+                f"states={batch.states.shape[1]} of a batch: {length} are needed. Set num_states={length}."
+            )
+        first = random.Random(number).randint(0, spare)
         yield batch._replace(states=batch.states[:, first : first + length])
 
 
 @torch.no_grad()
-def sum_products(engine: Any, batches: Iterable[LatentBatch]) -> tuple[Float[Tensor, "e u u"], Float[Tensor, "e u c"]]:
-    """Of each kernel and its cells: features times features, and features times changes, summed up in FP64."""
+def sum_products(
+    engine: Any, batches: Iterable[LatentBatch]
+) -> tuple[Float[Tensor, "e u u"], Float[Tensor, "e u c"], Float[Tensor, ""]]:
+    """Of each kernel and its cells: features times features, and times changes, summed up in FP64; cells in all."""
     model: PartlyLinear = engine.module
     num, (channels, features) = len(model.stencil.kernels), model.stencil.kernels[0].shape
     like = {"dtype": torch.float64, "device": model.stencil.kernels[0].device}
     gram, moment = torch.zeros(num, features, features, **like), torch.zeros(num, features, channels, **like)
+    num_cells = torch.zeros((), **like)
     for batch in batches:
         num_samples = max(1, CELLS_AT_ONCE // batch.following[0, 0].numel())
         each = (batch.given, batch.following, batch.medium, batch.parameters)
@@ -131,15 +142,17 @@ def sum_products(engine: Any, batches: Iterable[LatentBatch]) -> tuple[Float[Ten
             routing = engine(given, medium, parameters).routings[-1]
             change, grid = following - given[:, -1], following.shape[-3:]
             weight = model.linear_shares(routing, grid)
-            weight = weight / expected_square(change, CHANGE_FLOOR).repeat_interleave(grid.numel())[:, None]
+            weight = weight / expected_square(change, SOLVE_FLOOR).repeat_interleave(grid.numel())[:, None]
             rows = model.linear_rows(given, medium, parameters)
             asked = rearrange(change.float(), "b c x y z -> (b x y z) c")
+            num_cells += len(rows)
             for kernel in range(num):
                 own = weight[:, kernel] > 0
-                weighted = (rows[own] * weight[own, kernel, None]).T
-                gram[kernel] += weighted @ rows[own]
+                seen = rows[own]
+                weighted = (seen * weight[own, kernel, None]).T
+                gram[kernel] += weighted @ seen
                 moment[kernel] += weighted @ asked[own]
-    return gram, moment
+    return gram, moment, num_cells
 
 
 def solve_ridge(gram: Float[Tensor, "u u"], moment: Float[Tensor, "u c"], ridge: float) -> Float[Tensor, "u c"]:

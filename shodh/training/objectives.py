@@ -24,7 +24,9 @@ class ForecastConfig:
     as_one: int = 0  # optimizer steps during which all routed experts are trained as one network (upcycling.py)
     solve_at: int = 0  # optimizer step before which linear experts are solved for (linear_start.py); 0: never
     solve_batches: int = 256  # micro-batches that they are solved of; too few, and rollouts grow
-    refine_steps: int = 0  # that they are then refined to forecast in a row (linear_rollouts.py); 0: not refined
+    # Steps that they are then refined to forecast in a row (linear_rollouts.py); 0: not refined. All batches of the run
+    # hold as many states, so first and last ones of a trajectory are drawn less often.
+    refine_steps: int = 0
     refine_batches: int = 200  # micro-batches for that
     bias_rate: float = 0.0  # loss-free balance: what an expert's bias moves by each step; 0: none
     z_weight: float = 1e-4

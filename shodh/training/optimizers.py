@@ -53,8 +53,8 @@ class JoinedOptimizer(torch.optim.Optimizer):
 class StackedMuon(torch.optim.Muon):
     """torch's Muon for matrices, and for stacks of them (one matrix per expert), slice by slice.
 
-    A slice without gradient, that of an expert which no token visited, stands still: its momentum, however old, would
-    be made as long a step as any other.
+    A matrix or slice without gradient, that of an expert which no token visited, stands still: its momentum, however
+    old, would be made as long a step as any other.
     """
 
     def __init__(self, matrices: Sequence[Tensor], stacks: Sequence[Tensor], **options: Any) -> None:
@@ -67,11 +67,13 @@ class StackedMuon(torch.optim.Muon):
     ) -> bool:
         lists = params_with_grad, grads, muon_momentum_bufs
         is_complex = super()._init_group(group, *lists)
-        if not grads or grads[0].ndim == 2:  # a group holds matrices or stacks, never both
-            return is_complex
-        visited = torch.cat([grad.flatten(1).any(1) for grad in grads]).tolist()  # one transfer for all stacks
         for tensors in lists:  # torch steps what it finds there in place, so views do
-            tensors[:] = compress([matrix for tensor in tensors for matrix in tensor.unbind()], visited)
+            tensors[:] = [
+                matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else [tensor])
+            ]
+        visited = torch.stack([grad.any() for grad in grads]).tolist() if grads else []  # one transfer for all
+        for tensors in lists:
+            tensors[:] = list(compress(tensors, visited))
         return is_complex
 
 

@@ -183,7 +183,7 @@ def test_samples_count_by_their_change_down_to_a_floor(monkeypatch):
     factors = []
     with distributed(1) as group:
         for floor in (1e-6, 1e6):
-            monkeypatch.setattr(linear_start, "CHANGE_FLOOR", floor)
+            monkeypatch.setattr(linear_start, "SOLVE_FLOOR", floor)
             torch.manual_seed(0)
             model = LatentTransformer(SMALL)
             route_by_domain(model, DOMAINS[:1])

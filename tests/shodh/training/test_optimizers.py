@@ -80,10 +80,12 @@ def test_an_expert_that_no_token_visited_stands_still():
     first, second = draw_gradients(model, 2)
     step(model, optimizer, first)
     second["experts"][1] = 0
-    before = model.experts.detach().clone()
+    second["linear.weight"][:] = 0  # a linear expert is a matrix of its own
+    before, matrix = model.experts.detach().clone(), model.linear.weight.detach().clone()
     step(model, optimizer, second)
     moved = (model.experts != before).flatten(1).any(1)
     assert moved.tolist() == [expert != 1 for expert in range(len(moved))]
+    assert torch.equal(model.linear.weight, matrix)
 
 
 @pytest.mark.parametrize("shape", [(12, 24), (24, 12), (16, 16)])
@@ -212,10 +214,14 @@ def test_linear_experts_follow_their_gradient_but_do_not_decay():
         latent_channels=8, medium_channels=2, width=24, depth=1, num_heads=2, num_experts=2, hidden=8, semantic_width=8
     )
     for name in ("muon", "adamw"):
-        model = LatentTransformer(config)
-        for parameter in (*model.stencil.kernels, model.embed.weight):
-            nn.init.ones_(parameter)
-        step(model, build(model, name), {n: torch.zeros_like(p) for n, p in model.named_parameters()})
-        assert all((kernel == 1).all() for kernel in model.stencil.kernels) and (model.embed.weight < 1).all()
-        step(model, build(model, name), draw_gradients(model, 1)[0])
+        stepped = []
+        for decay in (0.0, 0.5):
+            torch.manual_seed(0)
+            model = LatentTransformer(config)
+            for parameter in (*model.stencil.kernels, model.embed.weight):
+                nn.init.ones_(parameter)
+            step(model, build(model, name, decay=decay), draw_gradients(model, 1)[0])
+            stepped.append((*model.stencil.kernels, model.embed.weight))
+        *same, decayed = map(torch.equal, *stepped)
+        assert all(same) and not decayed
         assert all((kernel != 1).any() for kernel in model.stencil.kernels)
