@@ -98,7 +98,7 @@ def test_rollouts_of_unseen_samples_err_less_and_each_expert_follows_its_own():
             own, swapped = (
                 rollout_loss(engine, k.transpose(1, 2), unseen[0], FLOOR) for k in (refined, refined.flip(0))
             )
-            assert own < 0.5 * swapped, kinds
+            assert own < 0.9 * swapped, kinds
 
 
 def test_the_loss_is_that_of_the_models_own_rollouts():
