@@ -58,7 +58,7 @@ class ForecastConfig:
         if self.refine_steps < 0:
             raise ValueError(f"refine_steps={self.refine_steps}: must not be negative. Use 0 to refine nothing.")
         if self.refine_steps and not self.solve_at:
-            raise ValueError(f"refine_steps={self.refine_steps}: solve_at=0 leaves none to refine. Set it, or refine_steps=0.")
+            raise ValueError(f"refine_steps={self.refine_steps}: solve_at=0. Set it, or refine_steps=0.")
         if self.as_one < 0:
             raise ValueError(f"as_one={self.as_one}: must not be negative. Use 0 to let experts differ from the start.")
         for name in ("mean_weight", "balance_weight", "information_weight", "bias_rate", "z_weight"):
