@@ -44,7 +44,7 @@ class ExpertMaps(NamedTuple):
 def plot_maps(maps: Sequence[ExpertMaps], path: Path) -> None:
     """A row per model: the speed in every token's middle plane along z, side by side, then each layer's experts."""
     depth = len(maps[0].expert)
-    figure, axes = plt.subplots(len(maps), depth + 1, figsize=(3.6 * (depth + 1), 1.6 * len(maps)), squeeze=False)
+    figure, axes = plt.subplots(len(maps), depth + 1, figsize=(3.6 * (depth + 1), 1.1 * len(maps)), squeeze=False)
     for row, found in zip(axes, maps, strict=True):
         thickness = found.speed.shape[2] // found.expert.shape[3]
         _draw(row[0], found.speed[:, :, thickness // 2 :: thickness], "viridis", None)
