@@ -95,7 +95,9 @@ def test_provoked_collapse_is_raised_within_50_steps_with_its_layer_and_expert(n
     assert case.layer is None or case.layer in onsets
     for layer, onset in onsets.items():
         busiest = int(load[onset : onset + LATEST, layer].mean(0).argmax())
-        assert case.first < raised[layer]["step"] <= onset + LATEST
+        # without a balance loss a layer that nobody touched may collapse by itself, and sooner
+        by_itself = layer != case.layer and case.run.objective.balance_weight == 0
+        assert (onset if by_itself else case.first) < raised[layer]["step"] <= onset + LATEST
         assert busiest in raised[layer]["experts"]
         assert layer != case.layer or case.expert == busiest or case.run.top_k > 1
         assert f"Layer {layer}: collapse, expert" in raised[layer]["message"]
