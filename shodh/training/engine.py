@@ -85,9 +85,11 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     leaves 69 MB a rank in /dev/shm. At the end engines are destroyed, so that the group's threads end before the
     interpreter does: one that lets go of a tensor afterwards aborts the process.
     """
+    alone = {}
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        alone["MASTER_PORT"] = str(_free_port())
+        os.environ.update(alone)
     device = find_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -108,6 +110,8 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
                 _ENGINES.pop().destroy()  # ZeRO's hooks keep an engine, which keeps the group
         finally:
             deepspeed.comm.destroy_process_group()  # not torch's: DeepSpeed lets go of the group too
+            for name in alone:  # or a process started later would take itself for this rank, on a port that is gone
+                os.environ.pop(name, None)
 
 
 @atexit.register

@@ -1,5 +1,6 @@
 """Under DeepSpeed: a resumed run is the uninterrupted one, bit for bit, at every ZeRO stage and with Muon."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import cpu_environment, deepspeed_command
 
-from shodh.training.engine import EngineConfig
+from shodh.training.engine import EngineConfig, distributed
 
 
 def run_ranks(num_ranks: int, folder: Path) -> str:
@@ -64,6 +65,13 @@ def test_no_thread_of_the_process_group_outlives_it_into_the_end_of_the_interpre
     assert done.returncode == fails and ("AssertionError: provoked" in done.stderr) == fails, done.stderr[-3000:]
     inside, at_exit = done.stdout.splitlines()[-2:]
     assert "gloo" in inside and "gloo" not in at_exit and "tcpstore" not in at_exit, (inside, at_exit)
+
+
+def test_processes_started_after_a_group_of_one_do_not_inherit_its_rank_and_port(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with distributed(threads_per_rank=1):
+        assert os.environ["RANK"] == "0"
+    assert "RANK" not in os.environ and "MASTER_PORT" not in os.environ
 
 
 @pytest.mark.parametrize("stage", [1, 2])
