@@ -1,7 +1,7 @@
 """Whether forecasts hold on held-out trajectories: against persistence and the best linear latent model, per domain.
 
-    python benchmarks/forecast.py [--quick] [--config configs/evaluate_model/transfer.yaml]
-        [--run runs/transfer/shodh-0 runs/transfer/shodh-1 ...] [key=value ...]
+    python benchmarks/forecast.py [key=value ...] [--quick] [--config configs/evaluate_model/transfer.yaml]
+        [--run runs/transfer/shodh-0 runs/transfer/shodh-1 ...]
 
 Several runs are seeds of one model: a figure is their median, with p10-p90. Judged: the one-step latent MSE is at most
 a tenth of persistence's; the velocity VRMSE of the decoded rollout at step 20, mean over trajectories and starts, is at

@@ -85,11 +85,33 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
     leaves 69 MB a rank in /dev/shm. At the end engines are destroyed, so that the group's threads end before the
     interpreter does: one that lets go of a tensor afterwards aborts the process.
     """
-    alone = {}
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        alone["MASTER_PORT"] = str(_free_port())
-        os.environ.update(alone)
+    with _described_rank():
+        yield from _join(threads_per_rank)
+
+
+@contextmanager
+def _described_rank() -> Iterator[None]:
+    """A launcher's variables as they are, else those of a group of one, which end with it.
+
+    Left behind, they would make a process started later take itself for this rank, on a port that is gone.
+    """
+    if "RANK" in os.environ:
+        yield
+        return
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(_free_port())
+    before = {name: os.environ[name] for name in alone if name in os.environ}
+    os.environ.update(alone)
+    try:
+        yield
+    finally:
+        for name in alone:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _join(threads_per_rank: int) -> Iterator[ProcessGroup]:
+    """The group that the environment describes, left at the end."""
     device = find_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -110,8 +132,6 @@ def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
                 _ENGINES.pop().destroy()  # ZeRO's hooks keep an engine, which keeps the group
         finally:
             deepspeed.comm.destroy_process_group()  # not torch's: DeepSpeed lets go of the group too
-            for name in alone:  # or a process started later would take itself for this rank, on a port that is gone
-                os.environ.pop(name, None)
 
 
 @atexit.register

@@ -69,9 +69,11 @@ def test_no_thread_of_the_process_group_outlives_it_into_the_end_of_the_interpre
 
 def test_processes_started_after_a_group_of_one_do_not_inherit_its_rank_and_port(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with distributed(threads_per_rank=1):
-        assert os.environ["RANK"] == "0"
-    assert "RANK" not in os.environ and "MASTER_PORT" not in os.environ
+    monkeypatch.setenv("MASTER_PORT", "1")  # somebody else's
+    with pytest.raises(KeyError, match="provoked"), distributed(threads_per_rank=1):
+        assert os.environ["RANK"] == "0" and os.environ["MASTER_PORT"] != "1"
+        raise KeyError("provoked")
+    assert "RANK" not in os.environ and os.environ["MASTER_PORT"] == "1"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
