@@ -1,11 +1,14 @@
-"""SwiGLU feed-forward networks: one dense (the shared expert) and many stacked, run on tokens sorted by expert."""
+"""The networks of a mixture: the shared expert, and all routed ones stacked, or those of them that this rank holds."""
 
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional
+
+from shodh.model.swiglu import Dispatch, apply_networks
 
 
 class SharedExpert(nn.Module):
@@ -18,34 +21,40 @@ class SharedExpert(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        gate, up = self.gate_up(tokens).chunk(2, -1)
-        return self.down(functional.silu(gate) * up)
+        if tokens.is_cuda:
+            gate, up = self.gate_up(tokens).chunk(2, -1)
+            return self.down(functional.silu(gate) * up)
+        every = torch.arange(len(tokens))
+        dispatch = Dispatch(every, None, torch.tensor([len(tokens)]))
+        return apply_networks(tokens, dispatch, self.gate_up.weight.T[None], self.down.weight.T[None])
 
 
 class StackedExperts(nn.Module):
-    """All routed experts as stacked matrices; expert i owns slice i of each parameter."""
+    """Routed experts as stacked matrices; slice i of each parameter is expert i's.
 
-    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.randn(num_experts, width, 2 * hidden) / math.sqrt(width))
-        self.down = nn.Parameter(torch.randn(num_experts, hidden, width) / math.sqrt(hidden) * 0.1)
-
-    def forward(self, tokens: Float[Tensor, "n d"], count: Int[Tensor, "e"]) -> Float[Tensor, "n d"]:
-        """Outputs for tokens sorted by expert, ``count`` of them for each."""
-        gate, up = grouped_product(tokens, self.gate_up, count).chunk(2, -1)
-        return grouped_product(functional.silu(gate) * up, self.down, count)
-
-
-def grouped_product(
-    rows: Float[Tensor, "n d"], matrices: Float[Tensor, "e d f"], count: Int[Tensor, "e"]
-) -> Float[Tensor, "n f"]:
-    """Each run of ``count[i]`` rows times matrix i.
-
-    On CUDA under bf16 autocast one grouped kernel without a host sync; elsewhere a loop, the fastest measured on CPU.
+    With a ``group`` of ranks each of them holds an equal, successive share of the experts. All are drawn on every rank,
+    so that they begin alike however many ranks there are. Raises ValueError where the ranks do not divide the experts.
     """
-    if rows.is_cuda and torch.is_autocast_enabled("cuda"):
-        offsets = count.cumsum(0).to(torch.int32)
-        low = torch.get_autocast_dtype("cuda")
-        return functional.grouped_mm(rows.to(low), matrices.to(low), offs=offsets)
-    runs = rows.split(count.tolist())
-    return torch.cat([run @ matrix for run, matrix in zip(runs, matrices, strict=True)])
+
+    def __init__(self, num_experts: int, width: int, hidden: int, group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.num_experts, self.group = num_experts, group
+        gate_up = torch.randn(num_experts, width, 2 * hidden) / math.sqrt(width)
+        down = torch.randn(num_experts, hidden, width) / math.sqrt(hidden) * 0.1
+        self.gate_up, self.down = self._share(gate_up), self._share(down)
+
+    def forward(self, rows: Float[Tensor, "n d"], dispatch: Dispatch) -> Float[Tensor, "n d"]:
+        """The weighted sum of what each row's experts make of it; only experts that this rank holds."""
+        return apply_networks(rows, dispatch, self.gate_up, self.down)
+
+    def _share(self, stack: Tensor) -> nn.Parameter:
+        if self.group is None:
+            return nn.Parameter(stack)
+        if self.num_experts % self.group.size():
+            raise ValueError(
+                f"num_experts={self.num_experts}: {self.group.size()} ranks cannot share them out evenly. "
+                "Choose a multiple, or another engine.expert_parallel."
+            )
+        parameter = nn.Parameter(stack.chunk(self.group.size())[self.group.rank()].clone())
+        parameter.expert_group = self.group  # pyright: ignore[reportAttributeAccessIssue] - read by training
+        return parameter

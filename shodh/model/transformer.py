@@ -8,7 +8,9 @@ import torch
 from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from shodh.fields import CONDITIONS, NUM_GIVEN, PARAMETERS, Routing
 from shodh.model.attention import Attention
@@ -37,6 +39,7 @@ class TransformerConfig:
     expert_hidden: int | None = None  # of each routed expert; None: as the shared one
     semantic_width: int = 32
     temperature: float = 0.1
+    recompute: bool = False  # activation checkpointing: keep what enters each block, and run it again backward
 
     def __post_init__(self) -> None:
         for name in (
@@ -75,7 +78,7 @@ class Forecast(NamedTuple):
 class Block(nn.Module):
     """Attention, then the mixture of experts, both behind RMSNorm modulated by the physical parameters."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, expert_group: ProcessGroup | None = None) -> None:
         super().__init__()
         width = config.width
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
@@ -84,7 +87,7 @@ class Block(nn.Module):
         self.mixture = MixtureOfExperts(
             SemanticRouter(width, config.num_experts, config.top_k, config.semantic_width, config.temperature),
             SharedExpert(width, config.hidden),
-            StackedExperts(config.num_experts, width, config.expert_hidden or config.hidden),
+            StackedExperts(config.num_experts, width, config.expert_hidden or config.hidden, expert_group),
         )
         self.modulation = nn.Linear(width, 4 * width)
         nn.init.zeros_(self.modulation.weight)
@@ -103,12 +106,13 @@ class LatentTransformer(nn.Module):
     """Forecasts the next latent state. Its inputs are physics only: no domain name or index ever enters.
 
     Changes of slow and of nearly still samples are small beside their states: tokens are made of changes in units of
-    their own size, and the logarithms of the sizes join the conditions.
+    their own size, and the logarithms of the sizes join the conditions. The ranks of an ``expert_group`` share out the
+    routed experts of every layer: each must then call the model as often as the others.
     """
 
     correction: Tensor  # what the layers' word counts
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, expert_group: ProcessGroup | None = None) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("correction", torch.tensor(1.0))  # training may make it smaller (linear_start.py)
@@ -119,7 +123,7 @@ class LatentTransformer(nn.Module):
         self.condition = nn.Sequential(
             nn.Linear(len(CONDITIONS) + NUM_GIVEN - 1, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, expert_group) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.out = nn.Linear(config.width, channels * cells)
         nn.init.zeros_(self.out.weight)
@@ -145,12 +149,20 @@ class LatentTransformer(nn.Module):
         angles = rotary_angles(places, self.config.width // self.config.num_heads, current.device)
         routings = []
         for block in self.blocks:
-            tokens, routing = block(tokens, condition, angles)
+            tokens, routing = self._pass(block, tokens, condition, angles)
             routings.append(routing)
         change = from_tokens(self.out(self.norm(tokens)), grid, patch).float() * change_scale(current, sizes[0])
         linear = self.stencil(*linear_inputs(states, medium, parameters), routings[-1], patch)
         change = self.correction * change + linear
         return Forecast(current + change.to(current.dtype), tuple(routings))
+
+    def _pass(
+        self, block: nn.Module, tokens: Float[Tensor, "b n d"], condition: Float[Tensor, "b d"], angles: Tensor
+    ) -> tuple[Float[Tensor, "b n d"], Routing]:
+        if not (self.config.recompute and torch.is_grad_enabled()):
+            return block(tokens, condition, angles)
+        # not stopped early: rows that have set out for another rank are waited for
+        return checkpoint(block, tokens, condition, angles, use_reentrant=False, early_stop=False)
 
     def forecast_linearly(
         self,
@@ -208,13 +220,14 @@ def root_mean_square(values: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b 1 1
     return (reduce(values.float() ** 2, "b c x y z -> b 1 1 1 1", "mean") + 1e-6).sqrt()
 
 
-def find_stacks(model: LatentTransformer) -> list[nn.Parameter]:
-    """The parameters of all routed experts, one slice of each for each expert."""
-    return [parameter for name, parameter in model.named_parameters() if ".routed." in name]
+def find_stacks(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all routed experts, one slice of each for each expert that this rank holds."""
+    stacks = [module for module in model.modules() if isinstance(module, StackedExperts)]
+    return [parameter for stack in stacks for parameter in stack.parameters()]
 
 
 def count_parameters(model: LatentTransformer) -> tuple[int, int]:
     """Parameters in all, and those that one token passes; all kernels are applied to all cells before one is chosen."""
-    total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for p in find_stacks(model))
-    return total, total - routed + routed * model.config.top_k // model.config.num_experts
+    dense = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in find_stacks(model))
+    routed = sum(p[0].numel() for p in find_stacks(model))
+    return dense + routed * model.config.num_experts, dense + routed * model.config.top_k

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shodh.config import ConfigError, dump_config
-from shodh.training.engine import moment_names, plain_optimizer, set_state
+from shodh.training.engine import expert_group_of, moment_names, plain_optimizer, set_state
 from shodh.training.loop import StepRecord
 
 MANIFEST = "manifest.json"
@@ -33,36 +34,39 @@ class CheckpointError(ConfigError):
 
 
 def collect_state(engine: Any) -> dict[str, Tensor]:
-    """Full FP32 parameters, moments, buffers and AdamW's step count by logical name; collective over ranks."""
+    """Full FP32 parameters, moments, buffers and AdamW's step count by logical name; collective over ranks.
+
+    On the CPU of rank 0; empty on others. Slices of experts are joined in the order of the experts.
+    """
+    leads = dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         for key, value in _full_tensors(engine, parameter).items():
-            state[f"{key}/{name}"] = value.detach().float().cpu().contiguous().clone()
+            whole = _join_slices(value.detach().float(), expert_group_of(parameter))
+            if leads:
+                state[f"{key}/{name}"] = _copy_to_host(whole)
+    if not leads:
+        return state
     for name, buffer in engine.module.named_buffers():
-        state[f"buffer/{name}"] = buffer.detach().cpu().contiguous().clone()
+        state[f"buffer/{name}"] = _copy_to_host(buffer)
     counts = [int(moments["step"]) for moments in plain_optimizer(engine).state.values() if "step" in moments]
     state["optimizer/step"] = torch.tensor(max(counts, default=0))  # Muon counts no steps
     return state
 
 
 def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
-    """Inverse of ``collect_state`` on any number of ranks; raises CheckpointError on a missing or misshapen tensor."""
+    """Inverse of ``collect_state`` on any number of ranks, ZeRO stage and share of the experts.
 
-    def find(key: str, like: Tensor) -> Tensor:
-        if key not in state or state[key].shape != like.shape:
-            found = tuple(state[key].shape) if key in state else "nothing"
-            raise CheckpointError(
-                f"checkpoint: {key} should have shape {tuple(like.shape)}, found {found}. Use the config that wrote it."
-            )
-        return state[key].to(like.device)
-
+    Raises CheckpointError on a missing or misshapen tensor.
+    """
     optimizer = plain_optimizer(engine)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
-            moments = {moment: find(f"{moment}/{name}", parameter) for moment in moment_names(engine, parameter)}
-            set_state(engine, parameter, find(f"parameter/{name}", parameter), moments)
+            names = moment_names(engine, parameter)
+            moments = {moment: _find_slice(state, f"{moment}/{name}", parameter) for moment in names}
+            set_state(engine, parameter, _find_slice(state, f"parameter/{name}", parameter), moments)
         for name, buffer in engine.module.named_buffers():
-            buffer.copy_(find(f"buffer/{name}", buffer))
+            buffer.copy_(_find_slice(state, f"buffer/{name}", buffer))
         for moments in optimizer.state.values():
             if "step" in moments:
                 moments["step"].fill_(float(state["optimizer/step"]))
@@ -172,9 +176,9 @@ class SaveCheckpoint:
         if record.step % self.interval and record.step != self.num_steps:
             return
         state = collect_state(self.engine)
-        if torch.distributed.get_rank() == 0:
+        if dist.get_rank() == 0:
             write_checkpoint(self.folder, record.step, state, self.run)
-        torch.distributed.barrier()
+        dist.barrier()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -191,6 +195,31 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_slice(state: dict[str, Tensor], key: str, like: Tensor) -> Tensor:
+    """What a rank holds of a tensor, on its device: all of it, or its experts' slice."""
+    group = expert_group_of(like)
+    shape = like.shape if group is None else (len(like) * group.size(), *like.shape[1:])
+    if key not in state or state[key].shape != shape:
+        found = tuple(state[key].shape) if key in state else "nothing"
+        raise CheckpointError(
+            f"checkpoint: {key} should have shape {tuple(shape)}, found {found}. Use the config that wrote it."
+        )
+    return (state[key] if group is None else state[key].chunk(group.size())[group.rank()]).to(like.device)
+
+
+def _join_slices(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return values
+    whole = values.new_empty(len(values) * group.size(), *values.shape[1:])
+    dist.all_gather_into_tensor(whole, values.contiguous(), group=group)
+    return whole
+
+
+def _copy_to_host(values: Tensor) -> Tensor:
+    """Values as they are now, whatever training does to them next."""
+    return values.detach().to("cpu", copy=True).contiguous()
 
 
 def _full_tensors(engine: Any, parameter: nn.Parameter) -> Mapping[str, Tensor]:

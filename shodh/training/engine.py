@@ -8,12 +8,14 @@ import socket
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.nn  # before any group exists: its functions' default arguments would hold the group for good
 from torch import Tensor, nn
 
@@ -38,7 +40,8 @@ class EngineConfig:
 
     batch_size: int  # samples per micro-step over all ranks
     accumulation: int = 1  # micro-steps per optimizer step
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    expert_parallel: int = 1  # ranks that share out the experts of every layer
     optimizer: OptimizerName = "adamw"  # muon: for the matrices, AdamW for the rest; needs zero_stage 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     gradient_clipping: float = 1.0
@@ -48,13 +51,18 @@ class EngineConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "threads_per_rank"):
+        for name in ("batch_size", "accumulation", "expert_parallel", "threads_per_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
         if self.gradient_clipping < 0 or self.weight_decay < 0:
             raise ValueError(
                 f"gradient_clipping={self.gradient_clipping}, weight_decay={self.weight_decay}: "
                 "must not be negative. Use 0 to switch one off."
+            )
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage=3: partitions single weights, which experts shared out over ranks are already, and DeepSpeed "
+                "0.19 refuses both together. Set zero_stage=2, and share out experts with expert_parallel."
             )
         if self.optimizer == "muon" and self.zero_stage > 0:
             raise ValueError(
@@ -125,7 +133,7 @@ def _join(threads_per_rank: int) -> Iterator[ProcessGroup]:
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     try:
-        yield ProcessGroup(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        yield ProcessGroup(device, dist.get_rank(), dist.get_world_size())
     finally:
         try:
             while _ENGINES:
@@ -142,14 +150,45 @@ def _collect_engines() -> None:
     gc.collect()
 
 
+def create_expert_group(expert_parallel: int) -> dist.ProcessGroup | None:
+    """The ranks with which this one shares out experts, successive ones; None where each holds all. Collective.
+
+    Raises ConfigError where ``expert_parallel`` does not divide the number of ranks.
+    """
+    from deepspeed.utils import groups
+
+    world = dist.get_world_size()
+    if world % expert_parallel:
+        raise ConfigError(
+            f"engine.expert_parallel={expert_parallel}: does not divide {world} ranks. Choose a divisor, or other ranks."
+        )
+    if expert_parallel == 1:
+        return None
+    name = expert_group_name(expert_parallel)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert_parallel)
+    return groups._get_expert_parallel_group(name)
+
+
+def expert_group_of(parameter: Tensor) -> dist.ProcessGroup | None:
+    """The ranks each of which holds a slice of what this parameter is a slice of; None where it is whole."""
+    return getattr(parameter, "expert_group", None)
+
+
+def expert_group_name(expert_parallel: int) -> str:
+    """What DeepSpeed calls such a group."""
+    return f"ep_size_{expert_parallel}"
+
+
 def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -> Any:
     """A DeepSpeed engine around ``model`` with a torch optimizer; weights are broadcast from rank 0.
 
-    Raises ConfigError where the ranks do not divide the batch, or Muon finds no matrix.
+    Parameters with an ``expert_group`` (shodh/model/experts.py) are slices: those of rank 0 go to the ranks that hold
+    the same. Raises ConfigError where the ranks do not divide the batch, or Muon finds no matrix.
     """
     import deepspeed
 
-    world = torch.distributed.get_world_size()
+    world = dist.get_world_size()
     if config.batch_size % world:
         raise ConfigError(f"engine.batch_size={config.batch_size}: {world} ranks do not divide it. Choose a multiple.")
     low_precision = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
@@ -165,11 +204,74 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
         **config.extra,
     }
     model = model.to(device)
+    slices = _mark_slices(model)
     optimizer = build_optimizer(model, config.optimizer, config.weight_decay, config.betas)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    _part_groups(optimizer)
+    with _declared_sparse(model) if slices else nullcontext():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     _ENGINES.add(engine)
+    if slices and config.zero_stage == 0:
+        engine.clip_fp32_gradients = partial(_clip_gradients, list(model.parameters()), config.gradient_clipping)
     _create_moments(engine)
     return engine
+
+
+def _mark_slices(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of which this rank holds a slice, marked so that DeepSpeed reduces over ranks with the same."""
+    slices = [parameter for parameter in model.parameters() if expert_group_of(parameter) is not None]
+    for parameter in slices:
+        parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.group_name = expert_group_name(expert_group_of(parameter).size())  # pyright: ignore
+    return slices
+
+
+def _part_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Put slices into parameter groups of their own, as ZeRO wants them, each named after its ranks."""
+    for group in list(optimizer.param_groups):
+        slices = [parameter for parameter in group["params"] if expert_group_of(parameter) is not None]
+        if not slices:
+            continue
+        name = expert_group_name(expert_group_of(slices[0]).size())  # pyright: ignore[reportOptionalMemberAccess]
+        whole = [parameter for parameter in group["params"] if expert_group_of(parameter) is None]
+        if whole:
+            group["params"] = whole
+            optimizer.add_param_group({**group, "params": slices, "moe": True, "name": name})
+        else:
+            group.update(moe=True, name=name)
+
+
+@contextmanager
+def _declared_sparse(model: nn.Module) -> Iterator[None]:
+    """A model in which DeepSpeed finds a layer of its own kind, by which alone it knows that there are expert groups."""
+    from deepspeed.moe.layer import MoE
+
+    layer = MoE.__new__(MoE)
+    nn.Module.__init__(layer)
+    layer.num_experts = 1
+    layer.set_deepspeed_parallelism = lambda *_, **__: None  # the groups are there
+    model.add_module("deepspeed_layer", layer)
+    try:
+        yield
+    finally:
+        del model.deepspeed_layer
+
+
+def _clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> None:
+    """Scale gradients so that their norm over all parameters, all slices of experts included, is at most ``most``.
+
+    Without ZeRO, DeepSpeed 0.19.8 takes the mean over ranks of the norms of what each holds, which is another number.
+    """
+    graded = [parameter for parameter in parameters if parameter.grad is not None]
+    squares = {None: torch.zeros((), device=graded[0].device)}
+    for parameter in graded:
+        group = expert_group_of(parameter)
+        squares[group] = squares.get(group, 0) + parameter.grad.float().square().sum()
+    for group, square in squares.items():
+        if group is not None:
+            dist.all_reduce(square, group=group)
+    norm = torch.stack(list(squares.values())).sum().sqrt()
+    for parameter in graded:
+        parameter.grad.mul_((most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def plain_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from shodh.model.experts import SharedExpert, StackedExperts, grouped_product
+from shodh.model import swiglu
+from shodh.model.experts import SharedExpert, StackedExperts
 from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
 
@@ -30,9 +32,21 @@ def run_slowly(mixture: MixtureOfExperts, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_dispatch_equals_one_token_at_a_time(top_k):
-    mixture, tokens = make_mixture(top_k=top_k), torch.randn(3, 9, 16)
-    torch.testing.assert_close(mixture(tokens)[0], run_slowly(mixture, tokens), rtol=1e-4, atol=1e-5)
+def test_dispatch_and_its_gradients_equal_one_token_at_a_time(top_k):
+    mixture, tokens = make_mixture(top_k=top_k), torch.randn(3, 9, 16, requires_grad=True)
+    wanted = [tokens, *mixture.parameters()]
+    fast, slow = (differentiate(run, mixture, tokens, wanted) for run in (run_fast, run_slowly))
+    for found, expected in zip(fast, slow, strict=True):
+        assert (found - expected).norm() < 64 * torch.finfo(torch.float32).eps * expected.norm()
+
+
+def run_fast(mixture: MixtureOfExperts, tokens: torch.Tensor) -> torch.Tensor:
+    return mixture(tokens)[0]
+
+
+def differentiate(run, mixture, tokens, wanted):
+    output = run(mixture, tokens)
+    return [output, *torch.autograd.grad((output * output.detach().sin()).sum(), wanted)]
 
 
 def test_no_token_is_dropped_when_all_choose_one_expert():
@@ -59,11 +73,40 @@ def test_permuting_tokens_permutes_outputs():
     torch.testing.assert_close(mixture(tokens[:, order])[0], mixture(tokens)[0][:, order], rtol=1e-4, atol=1e-5)
 
 
-def test_grouped_product_accepts_experts_without_tokens():
-    rows, matrices = torch.randn(5, 3), torch.randn(4, 3, 2)
-    count = torch.tensor([0, 2, 0, 3])
-    expected = torch.cat([rows[:2] @ matrices[1], rows[2:] @ matrices[3]])
-    torch.testing.assert_close(grouped_product(rows, matrices, count), expected)
+WAITS = ("_local_scalar_dense", "nonzero", "bincount", "is_nonzero", "equal", "unique", "masked_select")
+
+
+class ForbidWaiting(TorchDispatchMode):
+    """Fails where an operation needs a value on the host before the next one can be launched."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        assert not name.startswith(WAITS), f"{name} waits for the device"
+        return operation(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_where_there_is_a_grouped_kernel(monkeypatch):
+    monkeypatch.setattr(swiglu, "has_grouped_kernel", lambda rows: True)
+    mixture, tokens = make_mixture(top_k=2), torch.randn(4, 64, 16, requires_grad=True)
+    with ForbidWaiting(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = mixture(tokens)
+        output.float().sum().backward()
+    with pytest.raises(AssertionError, match="waits for the device"), ForbidWaiting():
+        mixture(tokens)[0].max().item()
+
+
+def test_grouped_kernel_equals_the_chunks_to_bf16(monkeypatch):
+    mixture, tokens = make_mixture(top_k=2), torch.randn(4, 64, 16)
+    results = []
+    for grouped in (False, True):
+        monkeypatch.setattr(swiglu, "has_grouped_kernel", lambda rows, grouped=grouped: grouped)
+        inputs = tokens.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = mixture(inputs)[0].float()
+        weights = [mixture.routed.gate_up, mixture.routed.down, mixture.router.prototype]
+        results.append([output, *torch.autograd.grad(output.square().sum(), [inputs, *weights])])
+    for chunked, grouped in zip(*results, strict=True):
+        assert (grouped - chunked).norm() < 2.0**-6 * chunked.norm(), "more than a few roundings of 2^-8"
 
 
 @pytest.mark.gpu

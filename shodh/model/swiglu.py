@@ -1,0 +1,125 @@
+"""SwiGLU networks applied to runs of rows: one grouped kernel on CUDA, one differentiable loop over cached chunks on CPU.
+
+A network is w_down (silu(w_gate x) * w_up x), ``gate_up`` holding w_gate beside w_up: Shazeer, GLU Variants Improve
+Transformer (2020), eq. 6.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# Rows that the CPU takes through a network at once: what lies between its products then stays in the cache.
+CHUNK = 512
+
+
+class Dispatch(NamedTuple):
+    """Which rows each network takes, sorted by network: ``source[end[i - 1]:end[i]]`` go through network i."""
+
+    source: Int[Tensor, "m"]  # a row may go through several networks, whose outputs are added
+    weight: Float[Tensor, "m"] | None  # what each output counts; None: 1
+    end: Int[Tensor, "e"]
+
+
+def apply_networks(
+    rows: Float[Tensor, "n d"],
+    dispatch: Dispatch,
+    gate_up: Float[Tensor, "e d g"],
+    down: Float[Tensor, "e h d"],
+) -> Float[Tensor, "n d"]:
+    """The weighted sum, for every row, of its networks' outputs; 0 for a row that goes through none.
+
+    Under autocast all products are of its precision. In bfloat16 on CUDA the host waits for nothing.
+    """
+    if torch.is_autocast_enabled(rows.device.type):
+        low = torch.get_autocast_dtype(rows.device.type)
+        rows, gate_up, down = rows.to(low), gate_up.to(low), down.to(low)
+    if has_grouped_kernel(rows):
+        return _apply_grouped(rows, dispatch, gate_up, down)
+    return _NetworksByChunk.apply(rows, dispatch.weight, gate_up, down, dispatch.source, dispatch.end.tolist())
+
+
+def has_grouped_kernel(rows: Tensor) -> bool:
+    """Whether one kernel serves all networks here and is fast: torch has it for bfloat16, and elsewhere as a loop."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16
+
+
+def _apply_grouped(rows: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tensor) -> Tensor:
+    end = dispatch.end.to(torch.int32)
+    gate, up = functional.grouped_mm(rows[dispatch.source], gate_up, offs=end).chunk(2, -1)
+    output = functional.grouped_mm(functional.silu(gate) * up, down, offs=end)
+    if dispatch.weight is not None:
+        output = output * dispatch.weight[:, None].to(output.dtype)
+    return torch.zeros_like(rows).index_add(0, dispatch.source, output)
+
+
+class _NetworksByChunk(torch.autograd.Function):
+    """``apply_networks`` with its gradient, a chunk of rows at a time.
+
+    Of each network's hidden features this keeps only the products with ``gate_up``, where autograd keeps four arrays as
+    long and passes over memory for each, and it adds up the gradients of ``gate_up`` and ``down`` in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor | None, gate_up: Tensor, down: Tensor, source: Tensor, end: Sequence[int]
+    ) -> Tensor:
+        output = torch.zeros_like(rows)
+        hidden = rows.new_empty(CHUNK, down.shape[1])
+        products = []  # not one array for all: memory of that size is mapped anew each time, page by page
+        for network, chunk, _ in _chunks(end):
+            product = rows[source[chunk]] @ gate_up[network]
+            gate, up = product.chunk(2, -1)
+            made = torch.ops.aten.silu.out(gate, out=hidden[: len(product)]).mul_(up) @ down[network]
+            output.index_add_(0, source[chunk], made if weight is None else made.mul_(weight[chunk, None]))
+            products.append(product)
+        ctx.save_for_backward(rows, weight, gate_up, down, source, *products)
+        ctx.end = end
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, gate_up, down, source, *products = ctx.saved_tensors
+        of_rows = torch.zeros_like(rows)
+        of_weight = None if weight is None else torch.zeros_like(weight)
+        of_gate_up, of_down = _gradient_like(gate_up, ctx.end), _gradient_like(down, ctx.end)
+        buffers, of_products = rows.new_empty(3, CHUNK, down.shape[1]), rows.new_empty(CHUNK, gate_up.shape[2])
+        for (network, chunk, is_first), product in zip(_chunks(ctx.end), products, strict=True):
+            gate, up = product.chunk(2, -1)
+            gated, hidden, of_hidden = buffers[:, : len(product)]
+            torch.mul(torch.ops.aten.silu.out(gate, out=gated), up, out=hidden)
+            slope = slopes[source[chunk]]
+            torch.mm(slope, down[network].T, out=of_hidden)
+            if weight is not None:
+                of_weight[chunk] = torch.linalg.vecdot(hidden, of_hidden)
+                of_hidden.mul_(weight[chunk, None])
+                slope.mul_(weight[chunk, None])
+            of_down[network].addmm_(hidden.T, slope, beta=not is_first)
+            of_product = of_products[: len(product)]
+            of_gate, of_up = of_product.chunk(2, -1)
+            torch.mul(of_hidden, gated, out=of_up)
+            torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
+            of_gate_up[network].addmm_(rows[source[chunk]].T, of_product, beta=not is_first)
+            of_rows.index_add_(0, source[chunk], of_product @ gate_up[network].T)
+        return of_rows, of_weight, of_gate_up, of_down, None, None
+
+
+def _chunks(end: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
+    """Network, which of the sorted rows, and whether they are the network's first."""
+    for network, (first, last) in enumerate(zip([0, *end[:-1]], end, strict=True)):
+        for start in range(first, last, CHUNK):
+            yield network, slice(start, min(start + CHUNK, last)), start == first
+
+
+def _gradient_like(matrices: Tensor, end: Sequence[int]) -> Tensor:
+    """Memory for a gradient: 0 for networks without rows, for others what their first chunk is to overwrite."""
+    gradient = torch.empty_like(matrices, memory_format=torch.contiguous_format)
+    for network, (first, last) in enumerate(zip([0, *end[:-1]], end, strict=True)):
+        if first == last:
+            gradient[network].zero_()
+    return gradient
