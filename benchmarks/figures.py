@@ -60,16 +60,21 @@ def control(name: str, ratios: Sequence[float] | np.ndarray, within: float = CON
     return _bounded(name, ratios, f"{CONTROLLED} {within:g}", lambda value: abs(value - 1) <= within, "")
 
 
-def time_interleaved(works: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, np.ndarray]:
-    """Seconds (num_rounds,) of each work, taken in turn, the order reversed every other round."""
+def time_interleaved(
+    works: Mapping[str, Callable[[], object]], num_rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, np.ndarray]:
+    """Seconds (num_rounds,) of each work, taken in turn, the order reversed every other round.
+
+    ``time.process_time`` counts what the CPU gave one thread, however many others it served meanwhile.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()  # warms caches; not counted
     for round_ in range(num_rounds):
         for name in list(works)[:: 1 if round_ % 2 == 0 else -1]:
-            start = time.perf_counter()
+            start = clock()
             works[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     from shodh.model.transformer import LatentTransformer, find_stacks
     from shodh.training.alarm_log import AlarmLog
     from shodh.training.balance import AdjustBias
-    from shodh.training.engine import build_engine, distributed
+    from shodh.training.engine import build_engine, create_expert_group, distributed
     from shodh.training.linear_start import SolveLinearExperts
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
@@ -36,10 +36,12 @@ def main(arguments: list[str]) -> None:
     with distributed(config.engine.threads_per_rank) as group:
         mixture = LatentMixture(latents, mixture_config(config))
         torch.manual_seed(config.loop.seed)
-        model = LatentTransformer(config.model)
+        experts = create_expert_group(config.engine.expert_parallel)
+        model = LatentTransformer(config.model, experts).to(group.device)
         as_one = TrainAsOne(find_stacks(model), config.objective.as_one)
         engine = build_engine(model, config.engine, group.device)
-        measured = zip(stores, latents, strict=True) if group.rank == 0 else ()  # other ranks only train
+        measures = group.rank == 0 or experts is not None  # a rank with some experts alone can forecast nothing
+        measured = zip(stores, latents, strict=True) if measures else ()
         probes = [hold_out(tokenizer, store, cache, group.device, num_trajectories=1) for store, cache in measured]
         routing = MeasureRouting(config.domains, config.tracking.interval)
 

@@ -35,6 +35,7 @@ class TokenizerTraining:
     def __post_init__(self) -> None:
         require_domains(self.domains)
         require_positive(self, "checkpoint_interval")
+        require_whole(self.engine, "a tokenizer has no experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,11 @@ class Pretraining:
         require_domains(self.domains)
         require_positive(self, "checkpoint_interval", "measure_interval")
         require_solved(self.objective, self.loop)
+        if self.model.num_experts % self.engine.expert_parallel:
+            raise ValueError(
+                f"engine.expert_parallel={self.engine.expert_parallel}: does not divide model.num_experts="
+                f"{self.model.num_experts}. Choose a divisor."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,7 @@ class TransferMeasurement:
                 raise ValueError(f"{name}={list(values)}: name at least one, and none twice.")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds={list(self.seeds)}: none may be negative.")
+        require_whole(self.engine, "each model is trained by one process")
         for name, usual in (("top_k", 1), ("expert_hidden", None), ("num_kernels", None), ("told", True)):
             if getattr(self.model, name) != usual:
                 raise ValueError(f"model.{name}: is what variants change. Leave it out.")
@@ -183,6 +190,12 @@ def require_solved(objective: ForecastConfig, loop: LoopConfig) -> None:
         )
 
 
+def require_whole(engine: EngineConfig, reason: str) -> None:
+    """ValueError with the reason where ranks are to share out experts that they cannot."""
+    if engine.expert_parallel > 1:
+        raise ValueError(f"engine.expert_parallel={engine.expert_parallel}: {reason}. Leave it out.")
+
+
 def require_positive(config: object, *names: str) -> None:
     """ValueError naming the first of these fields that is below 1."""
     for name in names:
@@ -197,6 +210,8 @@ def identity_of(config: "TokenizerTraining | Pretraining") -> dict[str, Any]:
     engine = {key: plain["engine"][key] for key in decisive}
     kept = ("domains", "model", "objective", "loop", "augment", "weights")
     identity = {key: plain[key] for key in kept if key in plain} | {"engine": engine}
+    if isinstance(config, Pretraining):
+        del identity["model"]["recompute"]  # which only takes memory or time
     if isinstance(config, TokenizerTraining):
         identity["autoencoder"] = describe_network(config.autoencoder)
     return identity

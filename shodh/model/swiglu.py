@@ -1,4 +1,4 @@
-"""SwiGLU networks applied to runs of rows: one grouped kernel on CUDA, one differentiable loop over cached chunks on CPU.
+"""SwiGLU networks applied to runs of rows: by one grouped kernel on CUDA, chunk by chunk in the cache on CPU.
 
 A network is w_down (silu(w_gate x) * w_up x), ``gate_up`` holding w_gate beside w_up: Shazeer, GLU Variants Improve
 Transformer (2020), eq. 6.

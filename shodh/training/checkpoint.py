@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-N`` with ``state.safetensors`` (full FP32 parameters, buffers and optimizer moments by
 name: two for AdamW, one for Muon), ``run.json``, the resolved ``config.yaml`` that restarts the run, and a manifest of
 SHA-256 digests. It is written as ``step-N.tmp``, synced, then renamed. Nothing is pickled. Because names are logical,
-the number of ranks and the ZeRO stage may change on resume.
+the number of ranks, the ZeRO stage and how ranks share out experts may change on resume.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     fault = find_fault(path)
     if fault is not None:
         raise CheckpointError(f"checkpoint={path}: {fault}. Use another step-N folder beside it.")
+    return open_checkpoint(path)
+
+
+def open_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same of a checkpoint that is known to be intact; tensors are mapped, and read where they are used."""
     return load_file(path / "state.safetensors"), json.loads((path / "run.json").read_text())
 
 
@@ -167,18 +173,42 @@ def load_parameters(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 class SaveCheckpoint:
-    """Hook that commits a checkpoint every ``interval`` steps and after the last one; collective over ranks."""
+    """Hook that takes a checkpoint every ``interval`` steps and after the last one; collective over ranks.
+
+    Training waits until the state is copied to rank 0's memory; a thread then writes it, one checkpoint at a time, and
+    what it meets is raised at the next step. ``close`` waits for it.
+    """
 
     def __init__(self, engine: Any, folder: Path, interval: int, num_steps: int, run: dict[str, Any]) -> None:
         self.engine, self.folder, self.interval, self.num_steps, self.run = engine, folder, interval, num_steps, run
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
 
     def after_step(self, record: StepRecord) -> None:
-        if record.step % self.interval and record.step != self.num_steps:
-            return
+        if record.step % self.interval == 0 or record.step == self.num_steps:
+            self.save(record.step)
+        elif self._writing is not None and self._writing.done():
+            self.wait()
+
+    def save(self, step: int) -> None:
+        """Take a checkpoint now; raises CheckpointError where the one before could not be written."""
+        self.wait()
         state = collect_state(self.engine)
         if dist.get_rank() == 0:
-            write_checkpoint(self.folder, record.step, state, self.run)
-        dist.barrier()
+            self._writing = self._writer.submit(write_checkpoint, self.folder, step, state, self.run)
+
+    def close(self) -> None:
+        """End the thread when all is written; raises CheckpointError where it could not be."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def wait(self) -> None:
+        """Until the last one taken is written; raises CheckpointError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -61,8 +61,8 @@ class EngineConfig:
             )
         if self.zero_stage == 3:
             raise ValueError(
-                "zero_stage=3: partitions single weights, which experts shared out over ranks are already, and DeepSpeed "
-                "0.19 refuses both together. Set zero_stage=2, and share out experts with expert_parallel."
+                "zero_stage=3: partitions weights, as experts shared out over ranks are already, and DeepSpeed 0.19 "
+                "refuses both together. Set zero_stage=2, and share out experts with expert_parallel."
             )
         if self.optimizer == "muon" and self.zero_stage > 0:
             raise ValueError(
@@ -159,9 +159,7 @@ def create_expert_group(expert_parallel: int) -> dist.ProcessGroup | None:
 
     world = dist.get_world_size()
     if world % expert_parallel:
-        raise ConfigError(
-            f"engine.expert_parallel={expert_parallel}: does not divide {world} ranks. Choose a divisor, or other ranks."
-        )
+        raise ConfigError(f"engine.expert_parallel={expert_parallel}: does not divide {world} ranks. Choose a divisor.")
     if expert_parallel == 1:
         return None
     name = expert_group_name(expert_parallel)
@@ -242,7 +240,7 @@ def _part_groups(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def _declared_sparse(model: nn.Module) -> Iterator[None]:
-    """A model in which DeepSpeed finds a layer of its own kind, by which alone it knows that there are expert groups."""
+    """A model in which DeepSpeed finds a layer of its own kind: by that alone it knows that there are expert groups."""
     from deepspeed.moe.layer import MoE
 
     layer = MoE.__new__(MoE)

@@ -7,11 +7,17 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
 from shodh.config import ConfigError
 from shodh.training.alarm_log import Alarm, AlarmLog
-from shodh.training.checkpoint import SaveCheckpoint, find_newest, read_checkpoint, restore_state
+from shodh.training.checkpoint import (
+    CheckpointError,
+    SaveCheckpoint,
+    find_newest,
+    open_checkpoint,
+    restore_state,
+)
 from shodh.training.loop import EarlyHook, Hook, LoopConfig, Objective, train
 from shodh.training.tracking import Track, TrackingConfig
 
@@ -36,9 +42,9 @@ def train_resumably(
     ``identity`` is what decides the result (sizes, objective, schedule, seed, digests of data); ``record`` is all that
     is worth knowing (the whole config). Both are stored with every checkpoint. Raises ConfigError when the folder was
     begun with another identity: the old checkpoints stay, and the message names what differs. Ranks, ZeRO stage,
-    threads, paths and intervals may change.
+    shares of the experts, threads, paths and intervals may change.
     """
-    leader = torch.distributed.get_rank() == 0
+    leader = dist.get_rank() == 0
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run={folder}: is a file. Give a folder.")
     checkpoints = folder / "checkpoints" / phase
@@ -49,7 +55,7 @@ def train_resumably(
         return
     _say(leader, f"{phase}: steps {first_step + 1} to {num_steps} -> {checkpoints}")
     track = Track(folder, phase, tracking, first_step, num_steps, tokens_per_step)
-    size = torch.distributed.get_world_size()
+    size = dist.get_world_size()
     run = {"identity": identity, "record": record, "git_sha": read_git_sha(), "world_size": size}
     save = SaveCheckpoint(engine, checkpoints, checkpoint_interval, num_steps, run)
     try:
@@ -60,6 +66,7 @@ def train_resumably(
         raise
     finally:
         track.close()
+        save.close()
 
 
 def read_git_sha() -> str:
@@ -74,10 +81,10 @@ def read_git_sha() -> str:
 
 
 def _resume(engine: Any, checkpoints: Path, identity: dict[str, Any], leader: bool) -> int:
-    newest = find_newest(checkpoints, lambda message: _say(leader, f"warning: {message}"))
+    newest = _agree_on_newest(checkpoints, leader)
     if newest is None:
         return 0
-    state, run = read_checkpoint(newest)
+    state, run = open_checkpoint(newest)
     differences = list(_differences(run["identity"], json.loads(json.dumps(identity))))
     if differences:
         raise ConfigError(
@@ -87,6 +94,21 @@ def _resume(engine: Any, checkpoints: Path, identity: dict[str, Any], leader: bo
     restore_state(engine, state)
     _say(leader, f"resuming from {newest}")
     return int(run["step"])
+
+
+def _agree_on_newest(checkpoints: Path, leader: bool) -> Path | None:
+    """What rank 0 finds, which alone reads all of it to verify its digests; CheckpointError on all ranks alike."""
+    found: list[Any] = [None, None]
+    if leader:
+        try:
+            found[0] = find_newest(checkpoints, lambda message: _say(True, f"warning: {message}"))
+        except CheckpointError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, 0)
+    newest, fault = found
+    if fault is not None:
+        raise CheckpointError(fault)
+    return newest
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Any:

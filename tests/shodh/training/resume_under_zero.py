@@ -73,7 +73,7 @@ def resume_is_bitwise(stage, group, **choices):
     whole = run(make_engine(stage, group, **choices), group, 6)
     engine = make_engine(stage, group, **choices)
     first = run(engine, group, 3)
-    state = collect_state(engine)
+    state = share_state(engine)
     engine = make_engine(stage, group, **choices)
     restore_state(engine, state)
     resumed = first + run(engine, group, 6, first_step=3)
@@ -83,10 +83,18 @@ def resume_is_bitwise(stage, group, **choices):
     return whole, state
 
 
+def share_state(engine):
+    """What a checkpoint holds, for all ranks, which would read it from the file that rank 0 writes."""
+    shared = [collect_state(engine)]
+    assert bool(shared[0]) == (torch.distributed.get_rank() == 0)
+    torch.distributed.broadcast_object_list(shared, 0)
+    return shared[0]
+
+
 def all_ranks_agree(engine, group):
-    for name, tensor in collect_state(engine).items():
+    for name, tensor in [*engine.module.named_parameters(), *engine.module.named_buffers()]:
         copies = [torch.empty_like(tensor) for _ in range(group.size)]
-        torch.distributed.all_gather(copies, tensor)
+        torch.distributed.all_gather(copies, tensor.detach())
         assert all(torch.equal(copy, tensor) for copy in copies), name
 
 
