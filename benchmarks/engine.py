@@ -1,0 +1,143 @@
+"""What DeepSpeed's engine costs over a bare PyTorch loop, and what a checkpoint costs a training that goes on.
+
+    python benchmarks/engine.py [--quick]
+
+The quickstart's model and objective on batches in memory; one process, one thread. Steps are optimizer steps of
+100 ms or more: forward, backward, clipping, AdamW. Engine and bare loop take turns on the same batches and begin alike.
+Each checkpoint is written to the end before the next; what training waits for it is timed beside the whole of it.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from figures import ROOT, Figure, at_least, at_most, control, report, stated, time_interleaved
+from telemetry import make_batch
+from torch import nn
+
+sys.path.append(str(ROOT / "launch"))
+
+from settings import Pretraining  # noqa: E402 - beside the launch scripts
+
+from shodh.config import load_config  # noqa: E402
+from shodh.fields import LatentBatch  # noqa: E402
+from shodh.model.transformer import LatentTransformer  # noqa: E402
+from shodh.training.checkpoint import SaveCheckpoint  # noqa: E402
+from shodh.training.engine import EngineConfig, build_engine, distributed, set_learning_rate  # noqa: E402
+from shodh.training.objectives import ForecastObjective  # noqa: E402
+from shodh.training.optimizers import build_optimizer  # noqa: E402
+
+RATE = 1e-4
+SHORTEST = 0.1  # s, of a step
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    num_rounds = 5 if parser.parse_args(arguments).quick else 25
+    config = load_config(Pretraining, ROOT / "configs/pretrain/quickstart.yaml", ["objective.unroll=[]"])
+    with distributed(threads_per_rank=1):
+        torch.manual_seed(0)
+        batches = [make_batch(config) for _ in range(8)]
+        return report("engine", [*compare_steps(config, batches, num_rounds), *compare_saves(config, num_rounds)])
+
+
+def compare_steps(config: Pretraining, batches: Sequence[LatentBatch], num_rounds: int) -> list[Figure]:
+    """An engine's step, ZeRO 0 and 1, over a bare loop's."""
+    losses: dict[str, list[float]] = {}
+    works = {"bare": step_bare(config, batches, losses.setdefault("bare", []))}
+    for stage in (0, 1):
+        name = f"ZeRO {stage}"
+        works[name] = step_engine(config, batches, stage, losses.setdefault(name, []))
+    works["again"] = step_bare(config, batches, losses.setdefault("again", []))
+    seconds = time_interleaved(works, num_rounds, time.process_time)
+    off = max(abs(a / b - 1) for name in works for a, b in zip(losses[name], losses["bare"], strict=True))
+    return [
+        at_least("bare step", seconds["bare"], SHORTEST, "s"),
+        *(at_most(f"engine at ZeRO {i} over bare loop", seconds[f"ZeRO {i}"] / seconds["bare"], 1.10) for i in (0, 1)),
+        control("bare loop over itself", seconds["again"] / seconds["bare"]),
+        at_most("losses off the bare loop's", off, 1e-5),
+    ]
+
+
+def step_bare(config: Pretraining, batches: Sequence[LatentBatch], losses: list[float]) -> Callable[[], None]:
+    """An optimizer step as one writes it without a framework."""
+    torch.manual_seed(0)
+    model, engine = LatentTransformer(config.model), config.engine
+    optimizer = build_optimizer(model, "adamw", engine.weight_decay, engine.betas)
+    objective, turn = ForecastObjective(config.objective), cycle(batches)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+
+    def step() -> None:
+        objective.begin_step(0)
+        loss = objective(model, next(turn))[0]["total"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), engine.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    return step
+
+
+def step_engine(
+    config: Pretraining, batches: Sequence[LatentBatch], stage: int, losses: list[float]
+) -> Callable[[], None]:
+    """The same by an engine, as shodh/training/loop.py calls it."""
+    torch.manual_seed(0)
+    chosen = replace(config.engine, zero_stage=stage, optimizer="adamw", precision="fp32")  # pyright: ignore
+    engine = build_engine(LatentTransformer(config.model), chosen, torch.device("cpu"))
+    objective, turn = ForecastObjective(config.objective), cycle(batches)
+
+    def step() -> None:
+        set_learning_rate(engine, RATE)
+        objective.begin_step(0)
+        loss = objective(engine, next(turn))[0]["total"]
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+
+    return step
+
+
+def compare_saves(config: Pretraining, num_rounds: int) -> list[Figure]:
+    """What training waits for a checkpoint, over all that a checkpoint takes."""
+    engine_config = EngineConfig(batch_size=1, zero_stage=0, precision="fp32")
+    model = LatentTransformer(replace(config.model, width=384, hidden=768))
+    engine = build_engine(model, engine_config, torch.device("cpu"))
+    with tempfile.TemporaryDirectory(prefix="shodh-engine-") as folder:
+        save = SaveCheckpoint(engine, Path(folder), 1, 1, {"record": {"config": {}}})
+        times = [time_save(save, step) for step in range(1, num_rounds + 2)][1:]
+        save.close()
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2  # two are kept
+    blocked, whole = np.array(times).T
+    return [
+        stated("checkpoint", size / 1e6, "MB"),
+        stated("whole save", whole, "s"),
+        at_most("training waits for a save, over the whole save", blocked / whole, 0.2),
+    ]
+
+
+def time_save(save: SaveCheckpoint, step: int) -> tuple[float, float]:
+    """Seconds until training may go on, and until the checkpoint is committed."""
+    started = time.perf_counter()
+    save.save(step)
+    blocked = time.perf_counter() - started
+    save.wait()
+    return blocked, time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
