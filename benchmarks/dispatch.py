@@ -3,8 +3,8 @@
     python benchmarks/dispatch.py [--quick]
 
 Forward and backward of 16,384 tokens, FP32, one thread, seconds of the CPU. The dense network is run in every way that
-could be its fastest: chunk by chunk through autograd, and through this package's own function; the fastest counts. Where
-tokens go is made up beforehand: evenly, or 30 % to one expert. DeepSpeed's layer has no shared expert, so ours is
+could be its fastest: chunk by chunk through autograd, and through this package's own function; the fastest counts.
+Where tokens go is made up beforehand: evenly, or 30 % to one expert. DeepSpeed's layer has no shared expert, so ours is
 measured without it beside that.
 """
 

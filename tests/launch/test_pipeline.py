@@ -18,6 +18,7 @@ from tokenizer.export import load_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("fwi", "open_channel", "porous_media")
 LONG = ["loop.schedule.num_steps=40", "checkpoint_interval=5", "measure_interval=20"]  # long enough to be killed
+SHARED = [*LONG, "engine.expert_parallel=2"]  # by two ranks
 
 
 def command(script: str, folder: Path, *overrides: str, ranks: int = 0) -> list[str]:
@@ -64,7 +65,7 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(prepared) -> Path:
-    done = launch("pretrain.py", prepared, *LONG, ranks=2)
+    done = launch("pretrain.py", prepared, *SHARED, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return prepared
 
@@ -73,7 +74,7 @@ def pretrained(prepared) -> Path:
 def test_killed_pretraining_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_run(pretrained, tmp_path):
     whole = losses(pretrained / "run", "pretrain")
     assert [step for step, _ in whole] == list(range(1, 41))
-    call = command("pretrain.py", pretrained, *LONG, f"run={tmp_path}/killed", ranks=2)
+    call = command("pretrain.py", pretrained, *SHARED, f"run={tmp_path}/killed", ranks=2)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             call, cwd=ROOT, env=cpu_environment(), stdout=log, stderr=log, start_new_session=True
@@ -87,7 +88,7 @@ def test_killed_pretraining_resumes_and_its_losses_are_bitwise_those_of_an_unint
         process.wait()
     killed = losses(tmp_path / "killed", "pretrain")
     assert 12 <= len(killed) < 40, "the run was not killed midway"
-    done = launch("pretrain.py", pretrained, *LONG, f"run={tmp_path}/killed", ranks=2)
+    done = launch("pretrain.py", pretrained, *SHARED, f"run={tmp_path}/killed", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming from" in done.stderr
     both = losses(tmp_path / "killed", "pretrain")
@@ -169,6 +170,10 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
         ("pretrain.py", "stores=/nowhere", "no such store in /nowhere"),
         ("pretrain.py", "model.latent_channels=7", "model.latent_channels=7: the tokenizer gives 16"),
         ("pretrain.py", "engine.zero_stage=5", "engine.zero_stage=5"),
+        ("pretrain.py", "engine.zero_stage=3", "zero_stage=3: .*Set zero_stage=2"),
+        ("pretrain.py", "engine.expert_parallel=3", "engine.expert_parallel=3: does not divide model.num_experts=4"),
+        ("pretrain.py", "engine.expert_parallel=2", "engine.expert_parallel=2: does not divide 1 ranks"),
+        ("train_tokenizer.py", "engine.expert_parallel=2", "engine.expert_parallel=2: a tokenizer has no experts"),
         ("cache_latents.py", "tokenizer=/nowhere/t.safetensors", "tokenizer=/nowhere/t.safetensors: no such file"),
         ("generate_data.py", "acoustics.resolution=4", "resolution=4"),
         ("pretrain.py", "domains=[]", "name at least one"),
@@ -235,11 +240,11 @@ def test_help_names_the_command_and_imports_neither_torch_nor_deepspeed(script):
 
 
 @pytest.mark.distributed
-def test_zero_stage_ranks_and_intervals_may_change_on_resume(pretrained, tmp_path):
+def test_zero_stage_ranks_shares_of_experts_and_intervals_may_change_on_resume(pretrained, tmp_path):
     shutil.copytree(pretrained / "run" / "checkpoints", tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints" / "pretrain" / "step-40")
     changed = ["engine.zero_stage=2", "measure_interval=7", f"run={tmp_path}"]
-    done = launch("pretrain.py", pretrained, *LONG, *changed)  # one rank instead of two
+    done = launch("pretrain.py", pretrained, *LONG, *changed)  # one rank instead of two, with all experts
     assert done.returncode == 0 and "resuming from" in done.stderr, done.stderr[-2000:]
     whole, moved = dict(losses(pretrained / "run", "pretrain")), dict(losses(tmp_path, "pretrain"))
     assert set(moved) == set(range(36, 41))
