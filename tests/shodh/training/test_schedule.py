@@ -33,7 +33,13 @@ def test_a_stable_schedule_decays_after_its_warm_up_at_the_earliest():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_steps", 0), ("learning_rate", 0.0), ("learning_rate", 2.0), ("decay_fraction", 0.0), ("decay_fraction", 2)],
+    [
+        ("num_steps", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", 2.0),
+        ("decay_fraction", 0.0),
+        ("decay_fraction", 2.0),
+    ],
 )
 def test_impossible_schedules_are_refused(key, value):
     with pytest.raises(ValueError, match=key):
