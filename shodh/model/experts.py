@@ -33,7 +33,7 @@ class StackedExperts(nn.Module):
     """Routed experts as stacked matrices; slice i of each parameter is expert i's.
 
     With a ``group`` of ranks each of them holds an equal, successive share of the experts. All are drawn on every rank,
-    so that they begin alike however many ranks there are. Raises ValueError where the ranks do not divide the experts.
+    so that they begin alike however many ranks there are.
     """
 
     def __init__(self, num_experts: int, width: int, hidden: int, group: ProcessGroup | None = None) -> None:
@@ -50,11 +50,18 @@ class StackedExperts(nn.Module):
     def _share(self, stack: Tensor) -> nn.Parameter:
         if self.group is None:
             return nn.Parameter(stack)
-        if self.num_experts % self.group.size():
-            raise ValueError(
-                f"num_experts={self.num_experts}: {self.group.size()} ranks cannot share them out evenly. "
-                "Choose a multiple, or another engine.expert_parallel."
-            )
-        parameter = nn.Parameter(stack.chunk(self.group.size())[self.group.rank()].clone())
+        own = own_experts(self.num_experts, self.group.size(), self.group.rank())
+        parameter = nn.Parameter(stack[own].clone())
         parameter.expert_group = self.group  # pyright: ignore[reportAttributeAccessIssue] - read by training
         return parameter
+
+
+def own_experts(num_experts: int, num_ranks: int, rank: int) -> slice:
+    """Those that one of several ranks holds; raises ValueError where they cannot be shared out evenly."""
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts={num_experts}: {num_ranks} ranks cannot share them out evenly. "
+            "Choose a multiple, or another engine.expert_parallel."
+        )
+    share = num_experts // num_ranks
+    return slice(rank * share, (rank + 1) * share)
