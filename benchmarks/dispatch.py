@@ -127,7 +127,7 @@ def pass_mixture(num_experts: int, skew: float = 0.0, routed_only: bool = False)
 
     def routed(tokens: Tensor) -> Tensor:
         dispatch = sort_by_expert(mixture.router(tokens))
-        return mixture.routed(rearrange(tokens, "b n d -> (b n) d"), dispatch)
+        return mixture.routed(rearrange(tokens, "b n d -> (b n) d"), dispatch).reshape(tokens.shape)
 
     return passing(routed if routed_only else lambda tokens: mixture(tokens)[0], mixture, tokens)
 

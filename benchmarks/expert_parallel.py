@@ -62,21 +62,25 @@ def main(arguments: list[str]) -> int:
 def measure(folder: Path, seeds: Sequence[int], num_steps: int) -> list[Figure]:
     """All figures; each start of a launcher carries out whatever so many ranks can do by then."""
 
-    def train_all(expert_parallel: int, zero_stage: int, recompute: bool = False) -> list[Task]:
-        way = {"expert_parallel": expert_parallel, "zero_stage": zero_stage, "recompute": recompute}
+    def train_all(expert_parallel: int, zero_stage: int, **choices: Any) -> list[Task]:
+        way = {"expert_parallel": expert_parallel, "zero_stage": zero_stage} | choices
         return [Task(seed=seed, first=0, last=num_steps, **way) for seed in seeds]
 
     shared = {f"ZeRO {stage}": train_all(2, stage) for stage in (0, 1, 2)}
     shared["ZeRO 2, recomputed"] = train_all(2, 2, recompute=True)
     saved = [move(folder, seed, FIRST, "start", "saved", (0, SAVED)) for seed in seeds]
-    two = run_tasks(folder, 2, shared | {"plain": train_all(1, 0), "saved": saved})
-    one = run_tasks(folder, 1, {"alone": train_all(1, 0)} | leave(folder, seeds, 1))
+    muon = {"optimizer": "muon"}
+    singles = {"plain": train_all(1, 0), "muon": train_all(2, 0, **muon), "saved": saved}
+    two = run_tasks(folder, 2, shared | singles)
+    alone = {"alone": train_all(1, 0), "muon alone": train_all(1, 0, **muon)}
+    one = run_tasks(folder, 1, alone | leave(folder, seeds, 1))
     four = run_tasks(folder, 4, leave(folder, seeds, 4))
     last = run_tasks(folder, 2, leave(folder, seeds, 2) | come_back(folder, seeds))
     outcomes = one | four | last
     return [
         stated("2 ranks, all experts on each: loss off one rank's", furthest(two["plain"], one["alone"]), "of it"),
         *judge_losses({name: two[name] for name in shared}, one["alone"]),
+        judge_loss("ZeRO 0, Muon", two["muon"], one["muon alone"]),
         *judge_moves(folder, seeds, {way: outcomes[name_of(way)] for way in OTHERS}, two["ZeRO 2"]),
     ]
 
@@ -123,16 +127,18 @@ def name_of(way: Way) -> str:
 
 def judge_losses(shared: dict[str, list[Any]], alone: Sequence[dict[str, Any]]) -> list[Figure]:
     """Of two ranks that share out experts against one rank, and their bytes."""
-    bound = UNITS_PER_STEP * len(alone[0]["losses"]) * torch.finfo(torch.float32).eps
-    figures = [
-        at_most(f"2 ranks share out experts, {name}: loss off one rank's", furthest(outcomes, alone), bound)
-        for name, outcomes in shared.items()
-    ]
+    figures = [judge_loss(name, outcomes, alone) for name, outcomes in shared.items()]
     plain = [outcome for name, outcomes in shared.items() if "recomputed" not in name for outcome in outcomes]
     wrong = sum(outcome["bytes_sent"] != outcome["bytes_by_formula"] for outcome in plain)
     figures.append(stated("bytes sent to the other rank", [outcome["bytes_sent"] for outcome in plain], "B"))
     figures.append(at_most(f"runs of {len(plain)} whose bytes differ from the formula's", wrong, 0))
     return figures
+
+
+def judge_loss(name: str, outcomes: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]]) -> Figure:
+    """How far any loss of two ranks is off one rank's."""
+    bound = UNITS_PER_STEP * len(alone[0]["losses"]) * torch.finfo(torch.float32).eps
+    return at_most(f"2 ranks share out experts, {name}: loss off one rank's", furthest(outcomes, alone), bound)
 
 
 def furthest(outcomes: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]]) -> float:

@@ -27,6 +27,7 @@ from shodh.training.checkpoint import collect_state, read_checkpoint, restore_st
 from shodh.training.engine import EngineConfig, build_engine, create_expert_group, distributed  # noqa: E402
 from shodh.training.loop import LoopConfig, StepRecord, train  # noqa: E402
 from shodh.training.objectives import ForecastConfig, ForecastObjective  # noqa: E402
+from shodh.training.optimizers import OptimizerName  # noqa: E402
 from shodh.training.schedule import ScheduleConfig  # noqa: E402
 
 MODEL = TransformerConfig(width=32, depth=2, num_heads=2, num_experts=8, hidden=48, semantic_width=8, medium_channels=4)
@@ -46,6 +47,7 @@ class Task:
     restored: str = ""  # folder for the state as it is after it has been restored, before any step
     write: str = ""  # folder for the state after the last step
     recompute: bool = False
+    optimizer: OptimizerName = "adamw"
 
 
 @dataclass(kw_only=True)
@@ -129,6 +131,7 @@ def carry_out(task: Task, mixture: LatentMixture, group: Any) -> Outcome:
         zero_stage=task.zero_stage,  # pyright: ignore[reportArgumentType]
         expert_parallel=task.expert_parallel,
         gradient_clipping=0.5,
+        optimizer=task.optimizer,
     )
     model_config = TransformerConfig(**{**asdict(MODEL), "recompute": task.recompute})
     engine = build_engine(LatentTransformer(model_config, ranks), config, group.device)

@@ -204,7 +204,8 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
     model = model.to(device)
     slices = _mark_slices(model)
     optimizer = build_optimizer(model, config.optimizer, config.weight_decay, config.betas)
-    _part_groups(optimizer)
+    if config.zero_stage > 0:
+        _part_groups(optimizer)
     with _declared_sparse(model) if slices else nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     _ENGINES.add(engine)
