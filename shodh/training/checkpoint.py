@@ -169,11 +169,18 @@ class SaveCheckpoint:
         self.engine, self.folder, self.interval, self.num_steps, self.run = engine, folder, interval, num_steps, run
 
     def after_step(self, record: StepRecord) -> None:
-        if record.step % self.interval and record.step != self.num_steps:
-            return
+        if self.is_due(record.step):
+            self.write(record.step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether ``step`` is one after which a checkpoint is written."""
+        return step % self.interval == 0 or step == self.num_steps
+
+    def write(self, step: int) -> None:
+        """Commit a checkpoint of the state after ``step``; collective over ranks."""
         state = collect_state(self.engine)
         if torch.distributed.get_rank() == 0:
-            write_checkpoint(self.folder, record.step, state, self.run)
+            write_checkpoint(self.folder, step, state, self.run)
         torch.distributed.barrier()
 
 
