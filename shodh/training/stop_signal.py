@@ -27,8 +27,8 @@ class StopOnSignal:
     """Hook that raises Stopped on all ranks after the step in which any of them was told to stop; comes after ``save``.
 
     Signals are heard while it is entered as a context. On leaving that with Stopped, which is when everything that
-    writes must have been closed, ranks wait for one another, and signals go on being heard, without effect: whoever
-    sent one may send more to a process that is ending. Costs a step one reduction of a byte.
+    writes must have been closed, ranks wait for one another; from then on the signals are ignored, as launchers send
+    them to all other ranks once one has left. Costs a step one reduction of a byte.
     """
 
     def __init__(self, engine: Any, save: SaveCheckpoint) -> None:
@@ -47,6 +47,8 @@ class StopOnSignal:
                 signal.signal(number, handler)
             return
         torch.distributed.barrier()
+        for number in SIGNALS:  # not by a handler of ours, which an interpreter that ends sets back to what kills it
+            signal.signal(number, signal.SIG_IGN)
         if torch.distributed.get_rank() == 0:
             name = signal.Signals(self.told).name
             print(f"stopped by {name} at step {self.step}; the same command continues", file=sys.stderr, flush=True)

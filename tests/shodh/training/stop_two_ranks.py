@@ -96,7 +96,7 @@ def run(group, folder, told: Told, interval=INTERVAL):
 
 
 def check_scenario(group, folder, told: Told, last_step: int, whole):
-    """Stopped after ``last_step`` on all ranks with an intact checkpoint of it; resumed, equal to the run left alone."""
+    """Stopped after ``last_step`` on all ranks with an intact checkpoint; resumed, equal to the run left alone."""
     first, code = run(group, folder, told)
     assert code == EXIT_CODE == 75 and set(first) == set(range(1, last_step + 1)), (code, first)
     checkpoints = folder / "checkpoints" / "pretrain"
@@ -127,6 +127,17 @@ def told_before_the_first_step(group, folder):
         raise AssertionError("a rank trained although it was told to stop")
 
 
+class TellAtTheVeryEnd:
+    """Sends its process SIGTERM when the interpreter is taken apart, as a launcher may once another rank has left."""
+
+    def __init__(self):
+        self.kill, self.arguments = os.kill, (os.getpid(), signal.SIGTERM)
+        sys.modules["told once more"] = self  # let go of after Python has set its own handlers back
+
+    def __del__(self):
+        self.kill(*self.arguments)
+
+
 def main(folder):
     with distributed(threads_per_rank=1) as group:
         before = signal.getsignal(signal.SIGTERM)
@@ -141,9 +152,8 @@ def main(folder):
         told_before_the_first_step(group, folder)
         if group.rank == 0:
             print("stopped runs continue bit for bit", flush=True)
-        # told once more while it leaves, as a launcher does that ends all ranks when one has left
         _, code = run(group, folder / "left", {(1, 2): signal.SIGUSR1})
-        os.kill(os.getpid(), signal.SIGTERM)
+    TellAtTheVeryEnd()
     sys.exit(code)
 
 
