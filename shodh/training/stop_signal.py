@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -37,7 +37,7 @@ class StopOnSignal:
         self.told, self.step = 0, 0  # of the stop that all ranks agreed on
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopOnSignal":
         self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
