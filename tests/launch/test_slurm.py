@@ -1,4 +1,4 @@
-"""The Slurm scripts, run by bash with small stand-ins for Slurm's commands: ranks, requeues and jobs that wait for jobs."""
+"""The Slurm scripts, run by bash with stand-ins for Slurm's commands: ranks, requeues, jobs that wait for jobs."""
 
 import os
 import shlex
