@@ -19,7 +19,7 @@ case "$num_shards" in '' | *[!0-9]* | 0) echo "error: NUM_SHARDS=$num_shards: mu
 model="${MODEL:-$size}"
 PYTHON="${PYTHON:-.venv/bin/python}"
 read -ra shard_options <<< "${SHARD_OPTIONS:---mem=12G --time=48:00:00}" # one process, one core, 8 GB at 128^3
-read -ra gpu_options <<< "${GPU_OPTIONS:---gpus-per-node=1 --ntasks-per-node=1}"
+read -ra gpu_options <<< "${GPU_OPTIONS:---gpus-per-node=1 --ntasks-per-node=1 --cpus-per-task=8 --time=12:00:00}"
 for config in {generate_data,train_tokenizer,cache_latents,evaluate_model}/"$size" "pretrain/$model"; do
     [ -f "configs/$config.yaml" ] || { echo "error: configs/$config.yaml: no such file. Choose another size." >&2; exit 2; }
 done
