@@ -38,16 +38,16 @@ def trainings() -> list[tuple[str, str, tuple[str, ...]]]:
     found = set()
     for words in commands():
         for place, script in enumerate(words):
-            verb = Path(script).stem
-            if script.startswith("launch/") and verb in CONFIGS:
+            verb = script.removeprefix("launch/").removesuffix(".py")
+            if verb in CONFIGS:
                 config, *rest = words[place + 1 :]
                 found.add((verb, config, tuple(word for word in rest if re.match(r"[a-z_.]+=", word))))
     return sorted(found)
 
 
 def test_every_file_that_the_page_names_exists():
-    named = {word for words in commands() for word in words if word.startswith(PLACES)}
-    named |= {word for word in re.findall(r"`([\w./-]+)`", PAGE) if word.startswith(PLACES)}
+    words = [word for words in commands() for word in words] + re.findall(r"`([^`]+)`", PAGE)
+    named = {word for word in words if word.startswith(PLACES) and re.fullmatch(r"[\w./-]+", word)}
     assert len(named) > 15
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
