@@ -26,7 +26,7 @@ exit $worst
 SCONTROL = """
 case "$1" in
     show) [ "$3" = 'node[7-8]' ] && printf 'node7\\nnode8\\n' ;;
-    requeue) echo "$2" >> "$LOG/requeued" ;;
+    requeue) [ "${FORBIDDEN:-0}" = 0 ] && echo "$2" >> "$LOG/requeued" ;;
 esac
 """
 RANK = """
@@ -100,6 +100,11 @@ def test_a_job_that_never_gets_done_is_not_put_back_for_ever(slurm):
     (Path(slurm["LOG"]) / "requeued").unlink()
     done, requeued = train(slurm, CODE="75", MAX_REQUEUES="3", SLURM_RESTART_COUNT="3")
     assert not requeued and done.returncode == 1 and "MAX_REQUEUES=3" in done.stderr
+
+
+def test_a_job_that_slurm_does_not_put_back_says_how_it_continues(slurm):
+    done, requeued = train(slurm, CODE="75", FORBIDDEN="1")
+    assert not requeued and done.returncode == 75 and "error: Slurm does not put job 12345 back" in done.stderr
 
 
 def test_the_job_s_shell_outlives_a_signal_until_training_has_stopped(slurm):
