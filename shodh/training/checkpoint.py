@@ -185,10 +185,14 @@ class SaveCheckpoint:
         self._writing: Future[Path] | None = None
 
     def after_step(self, record: StepRecord) -> None:
-        if record.step % self.interval == 0 or record.step == self.num_steps:
+        if self.is_due(record.step):
             self.save(record.step)
         elif self._writing is not None and self._writing.done():
             self.wait()
+
+    def is_due(self, step: int) -> bool:
+        """Whether ``step`` is one after which a checkpoint is taken."""
+        return step % self.interval == 0 or step == self.num_steps
 
     def save(self, step: int) -> None:
         """Take a checkpoint now; raises CheckpointError where the one before could not be written."""
@@ -197,18 +201,18 @@ class SaveCheckpoint:
         if dist.get_rank() == 0:
             self._writing = self._writer.submit(write_checkpoint, self.folder, step, state, self.run)
 
+    def wait(self) -> None:
+        """Until the last one taken is written; raises CheckpointError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def close(self) -> None:
         """End the thread when all is written; raises CheckpointError where it could not be."""
         try:
             self.wait()
         finally:
             self._writer.shutdown()
-
-    def wait(self) -> None:
-        """Until the last one taken is written; raises CheckpointError where it could not be."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A training run that can be killed at any time: resume, train, checkpoint, track."""
+"""A training run that can be killed or told to stop at any time: resume, train, checkpoint, track."""
 
 import json
 import subprocess
@@ -19,6 +19,7 @@ from shodh.training.checkpoint import (
     restore_state,
 )
 from shodh.training.loop import EarlyHook, Hook, LoopConfig, Objective, train
+from shodh.training.stop_signal import StopOnSignal
 from shodh.training.tracking import Track, TrackingConfig
 
 
@@ -42,31 +43,34 @@ def train_resumably(
     ``identity`` is what decides the result (sizes, objective, schedule, seed, digests of data); ``record`` is all that
     is worth knowing (the whole config). Both are stored with every checkpoint. Raises ConfigError when the folder was
     begun with another identity: the old checkpoints stay, and the message names what differs. Ranks, ZeRO stage,
-    shares of the experts, threads, paths and intervals may change.
+    shares of the experts, threads, paths and intervals may change. SIGTERM or SIGUSR1 to any rank ends the process after
+    the step (stop_signal.py).
     """
     leader = dist.get_rank() == 0
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run={folder}: is a file. Give a folder.")
     checkpoints = folder / "checkpoints" / phase
-    first_step = _resume(engine, checkpoints, identity, leader)
-    num_steps = loop.schedule.num_steps
-    if first_step >= num_steps:
-        _say(leader, f"{phase}: all {num_steps} steps are done ({checkpoints}/step-{first_step})")
-        return
-    _say(leader, f"{phase}: steps {first_step + 1} to {num_steps} -> {checkpoints}")
-    track = Track(folder, phase, tracking, first_step, num_steps, tokens_per_step)
     size = dist.get_world_size()
     run = {"identity": identity, "record": record, "git_sha": read_git_sha(), "world_size": size}
+    num_steps = loop.schedule.num_steps
     save = SaveCheckpoint(engine, checkpoints, checkpoint_interval, num_steps, run)
-    try:
-        train(engine, objective, batches_from, loop, [*hooks, track, save], first_step)
-    except FloatingPointError as error:
-        if leader:
-            AlarmLog(folder, phase).write("raised", track.step + 1, Alarm("not finite", str(error)))
-        raise
-    finally:
-        track.close()
-        save.close()
+    with StopOnSignal(engine, save) as stop:
+        first_step = _resume(engine, checkpoints, identity, leader)
+        if first_step >= num_steps:
+            _say(leader, f"{phase}: all {num_steps} steps are done ({checkpoints}/step-{first_step})")
+            return
+        _say(leader, f"{phase}: steps {first_step + 1} to {num_steps} -> {checkpoints}")
+        stop.before_first(first_step)
+        track = Track(folder, phase, tracking, first_step, num_steps, tokens_per_step)
+        try:
+            train(engine, objective, batches_from, loop, [*hooks, track, save, stop], first_step)
+        except FloatingPointError as error:
+            if leader:
+                AlarmLog(folder, phase).write("raised", track.step + 1, Alarm("not finite", str(error)))
+            raise
+        finally:
+            track.close()
+            save.close()
 
 
 def read_git_sha() -> str:
