@@ -43,8 +43,8 @@ def train_resumably(
     ``identity`` is what decides the result (sizes, objective, schedule, seed, digests of data); ``record`` is all that
     is worth knowing (the whole config). Both are stored with every checkpoint. Raises ConfigError when the folder was
     begun with another identity: the old checkpoints stay, and the message names what differs. Ranks, ZeRO stage,
-    shares of the experts, threads, paths and intervals may change. SIGTERM or SIGUSR1 to any rank ends the process after
-    the step (stop_signal.py).
+    shares of the experts, threads, paths and intervals may change. SIGTERM or SIGUSR1 to any rank ends the process
+    after the step (stop_signal.py).
     """
     leader = dist.get_rank() == 0
     if folder.exists() and not folder.is_dir():
