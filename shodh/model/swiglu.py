@@ -20,7 +20,8 @@ CHUNK = 512
 class Dispatch(NamedTuple):
     """Which rows each network takes, sorted by network: ``source[end[i - 1]:end[i]]`` go through network i."""
 
-    source: Int[Tensor, "m"]  # a row may go through several networks, whose outputs are added
+    # A row may go through several networks, whose outputs are added. None: each row through one, in their order.
+    source: Int[Tensor, "m"] | None
     weight: Float[Tensor, "m"] | None  # what each output counts; None: 1
     end: Int[Tensor, "e"]
 
@@ -50,11 +51,12 @@ def has_grouped_kernel(rows: Tensor) -> bool:
 
 def _apply_grouped(rows: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tensor) -> Tensor:
     end = dispatch.end.to(torch.int32)
-    gate, up = functional.grouped_mm(rows[dispatch.source], gate_up, offs=end).chunk(2, -1)
+    sorted_rows = rows if dispatch.source is None else rows[dispatch.source]
+    gate, up = functional.grouped_mm(sorted_rows, gate_up, offs=end).chunk(2, -1)
     output = functional.grouped_mm(functional.silu(gate) * up, down, offs=end)
     if dispatch.weight is not None:
         output = output * dispatch.weight[:, None].to(output.dtype)
-    return torch.zeros_like(rows).index_add(0, dispatch.source, output)
+    return output if dispatch.source is None else torch.zeros_like(rows).index_add(0, dispatch.source, output)
 
 
 class _NetworksByChunk(torch.autograd.Function):
@@ -66,16 +68,22 @@ class _NetworksByChunk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor | None, gate_up: Tensor, down: Tensor, source: Tensor, end: Sequence[int]
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        source: Tensor | None,
+        end: Sequence[int],
     ) -> Tensor:
         output = torch.zeros_like(rows)
         hidden = rows.new_empty(CHUNK, down.shape[1])
         products = []  # not one array for all: memory of that size is mapped anew each time, page by page
         for network, chunk, _ in _chunks(end):
-            product = rows[source[chunk]] @ gate_up[network]
+            product = _take(rows, source, chunk) @ gate_up[network]
             gate, up = product.chunk(2, -1)
             made = torch.ops.aten.silu.out(gate, out=hidden[: len(product)]).mul_(up) @ down[network]
-            output.index_add_(0, source[chunk], made if weight is None else made.mul_(weight[chunk, None]))
+            _add(output, source, chunk, made if weight is None else made.mul_(weight[chunk, None]))
             products.append(product)
         ctx.save_for_backward(rows, weight, gate_up, down, source, *products)
         ctx.end = end
@@ -93,19 +101,19 @@ class _NetworksByChunk(torch.autograd.Function):
             gate, up = product.chunk(2, -1)
             gated, hidden, of_hidden = buffers[:, : len(product)]
             torch.mul(torch.ops.aten.silu.out(gate, out=gated), up, out=hidden)
-            slope = slopes[source[chunk]]
+            slope = _take(slopes, source, chunk)
             torch.mm(slope, down[network].T, out=of_hidden)
             if weight is not None:
                 of_weight[chunk] = torch.linalg.vecdot(hidden, of_hidden)
                 of_hidden.mul_(weight[chunk, None])
-                slope.mul_(weight[chunk, None])
+                slope = slope * weight[chunk, None].to(slope.dtype)
             of_down[network].addmm_(hidden.T, slope, beta=not is_first)
             of_product = of_products[: len(product)]
             of_gate, of_up = of_product.chunk(2, -1)
             torch.mul(of_hidden, gated, out=of_up)
             torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
-            of_gate_up[network].addmm_(rows[source[chunk]].T, of_product, beta=not is_first)
-            of_rows.index_add_(0, source[chunk], of_product @ gate_up[network].T)
+            of_gate_up[network].addmm_(_take(rows, source, chunk).T, of_product, beta=not is_first)
+            _add(of_rows, source, chunk, of_product @ gate_up[network].T)
         return of_rows, of_weight, of_gate_up, of_down, None, None
 
 
@@ -114,6 +122,17 @@ def _chunks(end: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
     for network, (first, last) in enumerate(zip([0, *end[:-1]], end, strict=True)):
         for start in range(first, last, CHUNK):
             yield network, slice(start, min(start + CHUNK, last)), start == first
+
+
+def _take(rows: Tensor, source: Tensor | None, chunk: slice) -> Tensor:
+    return rows[chunk] if source is None else rows[source[chunk]]
+
+
+def _add(total: Tensor, source: Tensor | None, chunk: slice, values: Tensor) -> None:
+    if source is None:
+        total[chunk] = values
+    else:
+        total.index_add_(0, source[chunk], values)
 
 
 def _gradient_like(matrices: Tensor, end: Sequence[int]) -> Tensor:

@@ -43,6 +43,19 @@ def test_gradient_is_that_of_finite_differences_in_fp64(end, weighted):
     assert gradcheck(apply, (rows, weight, gate_up, down))
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rows_in_their_order_need_no_source(weighted):
+    (rows, weight, gate_up, down), _, end = make_rows([2, 2, 5, 7])
+    weight = weight if weighted else None
+    results = []
+    for source in (None, torch.arange(7)):
+        output = apply_networks(rows, Dispatch(source, weight, end), gate_up, down)
+        wanted = [rows, gate_up, down, *([weight] if weighted else [])]
+        results.append([output, *torch.autograd.grad((output * output.detach().cos()).sum(), wanted)])
+    for plain, sorted_ in zip(*results, strict=True):
+        torch.testing.assert_close(plain, sorted_)
+
+
 def test_rows_get_the_weighted_sum_of_their_networks():
     (rows, weight, gate_up, down), source, end = make_rows([2, 2, 9, 12])
     expected = torch.zeros_like(rows)
@@ -64,7 +77,7 @@ def test_only_the_products_with_gate_up_are_kept_of_the_hidden_features():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        apply_networks(rows, Dispatch(torch.arange(64), None, torch.tensor([64])), gate_up, down)
+        apply_networks(rows, Dispatch(None, None, torch.tensor([64])), gate_up, down)
     inputs = {tensor.data_ptr() for tensor in (rows, gate_up, down)}
     of_hidden = sum(t.numel() for t in kept if t.is_floating_point() and t.data_ptr() not in inputs)
     assert of_hidden == 64 * 2 * hidden
