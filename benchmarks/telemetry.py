@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from figures import ROOT, Figure, at_most, control, report, stated
+from random_latents import make_latents
 
 sys.path.append(str(ROOT / "launch"))
 
@@ -32,7 +33,7 @@ from settings import Pretraining  # noqa: E402 - beside the launch scripts
 from shodh.config import load_config  # noqa: E402
 from shodh.evaluation.alarm_hook import RaiseAlarms  # noqa: E402
 from shodh.evaluation.telemetry import FLIP_INTERVAL, MeasureFlips, MeasureRouting  # noqa: E402
-from shodh.fields import CONDITIONS, LatentBatch  # noqa: E402
+from shodh.fields import NUM_GIVEN, LatentBatch  # noqa: E402
 from shodh.model.transformer import LatentTransformer  # noqa: E402
 from shodh.training.alarm_log import AlarmLog  # noqa: E402
 from shodh.training.engine import build_engine, distributed  # noqa: E402
@@ -128,13 +129,8 @@ def compare(turns: TakeTurns, flips: float, num_rounds: int) -> list[Figure]:
 
 def make_batch(config: Pretraining) -> LatentBatch:
     """Random latents of the quickstart's shapes; what they hold costs nothing."""
-    num, cells = config.engine.batch_size, (LATENT_SIDE,) * 3
-    return LatentBatch(
-        states=torch.randn(num, config.objective.num_states, config.model.latent_channels, *cells),
-        medium=torch.randn(num, config.model.medium_channels, *cells),
-        parameters=torch.randn(num, len(CONDITIONS)),
-        domain=torch.arange(num) % len(config.domains),
-    )
+    num_predicted = config.objective.num_states - NUM_GIVEN
+    return make_latents(config.model, config.engine.batch_size, num_predicted, (LATENT_SIDE,) * 3)
 
 
 def time_flips(model: LatentTransformer, batch: LatentBatch, domains: Sequence[str]) -> float:
