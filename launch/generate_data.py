@@ -12,6 +12,7 @@ may be killed and started again; whichever completes a store verifies every dige
     sbatch --array=0-7 --wrap 'python launch/generate_data.py CONFIG shard=$SLURM_ARRAY_TASK_ID/8'
 """
 
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -40,7 +41,7 @@ class GenerateConfig:
     folder: Path
     num_test: int  # trajectories held out, the last ones
     num_processes: int = 2  # domains simulated side by side
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # auto: CUDA where there is one
     shard: str = "0/1"  # i/n: of n processes that fill the same stores, the one that takes trajectories i, i + n, ...
     domain: Literal["all", "acoustics", "open_channel", "porous_media", "taylor_green", "convection"] = "all"
     acoustics: dict[str, Any] | None = None
@@ -63,10 +64,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"domain={config.domain}: {path} has no such section. Sections: {', '.join(SECTIONS)}.")
     if config.num_processes < 1:
         raise ConfigError(f"num_processes={config.num_processes}: must be at least 1. Raise it.")
-    import torch
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: this machine has none that PyTorch can use. Set device=cpu.")
+    config = dataclasses.replace(config, device=_choose_device(config.device))
     sources: dict[Section, str] = {section: f"{path}, section {section}" for section in chosen}
     _forecast({section: _plan_store(section, config, source)[2] for section, source in sources.items()}, config)
     context = multiprocessing.get_context("spawn")
@@ -82,6 +80,19 @@ def main(arguments: list[str]) -> None:
         names = ", ".join(failures)
         said = f"{len(failures)} of {len(jobs)} domains failed ({names}), see above. The same command continues them."
         raise RuntimeError(said) from next(iter(failures.values()))
+
+
+def _choose_device(device: Literal["cpu", "cuda", "auto"]) -> Literal["cpu", "cuda"]:
+    """The device asked for; ConfigError where it is CUDA and there is none."""
+    import torch
+
+    from shodh.device import find_device
+
+    if device == "auto":
+        return "cuda" if find_device().type == "cuda" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has none that PyTorch can use. Set device=cpu.")
+    return device
 
 
 def _report(job: Future[str], section: Section) -> BaseException | None:
