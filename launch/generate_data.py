@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import tomllib
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,8 +143,6 @@ def _forecast(jobs: "dict[Section, Job]", config: GenerateConfig) -> None:
 
 def _plan_store(section: Section, config: GenerateConfig, source: str) -> "tuple[Any, Any, Job, StorePlan]":
     """The simulator, its config, what is left to do, and the plan of the store."""
-    from importlib.metadata import version
-
     from data.journal import count_missing, parse_share
     from data.layout import StorePlan, partial_folder
     from data.simulate.forecast import Job, folder_bytes
@@ -157,7 +156,7 @@ def _plan_store(section: Section, config: GenerateConfig, source: str) -> "tuple
         num_test=config.num_test,
         shape=(physics.resolution,) * 3,
         solver=f"shodh {simulator.__name__}",
-        solver_version=version("shodh"),
+        solver_version=_read_version(),
         config=to_plain(physics),
     )
     store = config.folder / plan.domain.name
@@ -190,6 +189,16 @@ def _generate(section: Section, config: GenerateConfig, source: str, line: int) 
         written = write_store(store, plan, simulate, parse_share(config.shard))
     what = f"{written.num_written} trajectories added" if written.num_written else "complete already"
     return f"{store}: {what}, {_describe_state(written.digest, written.missing, config.shard)}"
+
+
+def _read_version() -> str:
+    """Of Shodh: as installed, or that of the source tree it is run from."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("shodh")
+    except PackageNotFoundError:
+        return tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]["version"]
 
 
 def _describe_state(digest: str, missing: tuple[int, ...], shard: str) -> str:

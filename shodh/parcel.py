@@ -90,7 +90,9 @@ def _read_contents(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"import={folder}: {CONTENTS} cannot be read ({what}). Fetch the export again.") from None
     for name in names:
         if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ConfigError(f"import={folder}: {CONTENTS} names {name!r}, outside the folder. Do not use this export.")
+            raise ConfigError(
+                f"import={folder}: {CONTENTS} names {name!r}, outside the folder. Do not use this export."
+            )
     return contents
 
 

@@ -5,8 +5,8 @@
 in a periodic unit box, u = 0 on the grains. With the pores' hydraulic radius l = pore volume / wetted area, the force
 is f0 = viscosity / (2 l)^2: velocity comes in units of f0 (2 l)^2 / viscosity, O(0.1) on average and O(1) in throats.
 
-Rocks: Gaussian blobs, porespy's or our own, packs of spheres, or crops of segmented micro-CT images continued by their mirror
-image. The time step is in porous_flow.py; permeabilities come from stokes.py.
+Rocks: Gaussian blobs, porespy's or our own, packs of spheres, or crops of segmented micro-CT images continued by their
+mirror image. The time step is in porous_flow.py; permeabilities come from stokes.py.
 """
 
 import math

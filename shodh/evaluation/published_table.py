@@ -86,7 +86,9 @@ def write_published(folder: Path) -> str:
     try:
         evaluation = json.loads(source.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"evaluation={source}: cannot be read ({error}). Run launch/evaluate_model.py first.") from None
+        raise ValueError(
+            f"evaluation={source}: cannot be read ({error}). Run launch/evaluate_model.py first."
+        ) from None
     rows = compare_with_published(evaluation)
     content = {
         "rows": [row._asdict() for row in rows],
