@@ -69,9 +69,8 @@ def require_domains(config: Reproduction) -> tuple[str, ...]:
         file.write_text(json.dumps({"domains": wanted}))
     settled = tuple(json.loads(file.read_text())["domains"])
     if set(settled) - {"fwi"} != set(config.domains) - {"fwi"}:
-        raise ConfigError(
-            f"domains={list(config.domains)}: {config.run} was begun with {list(settled)}. Use another run."
-        )
+        named, begun = list(config.domains), list(settled)
+        raise ConfigError(f"domains={named}: {config.run} was begun with {begun}. Give another run, or those.")
     return settled
 
 
@@ -117,7 +116,7 @@ def list_steps(config: Reproduction, domains: tuple[str, ...]) -> list[Step]:
 
 
 def select_results(config: Reproduction) -> dict[str, Path]:
-    """Files worth carrying away, by their names within the run: results, and the newest checkpoint of what is trained."""
+    """Files worth carrying away, by their names within the run: results and the newest checkpoint."""
     run = config.run
     names = ["reproduction.json", "certificate.json", "tokenizer.safetensors", "metrics.jsonl", "alarms.jsonl"]
     names += ["evaluation.json", "slices.npz", "report.html", "table.json"]
@@ -158,9 +157,7 @@ def _count_trajectories(folder: Path) -> str:
     """How many trajectories the half-written stores in a folder hold, beside those that are complete."""
     from data.journal import read_records
 
-    parts = {path.name.removesuffix(".partial"): len(read_records(path)) for path in sorted(folder.glob("*.partial"))}
-    begun = [f"{name}: {num} trajectories" for name, num in parts.items()]
-    complete = [
-        f"{path.parent.name}: complete" for path in sorted(folder.glob("*/zarr.json")) if path.parent.name not in parts
-    ]
-    return ", ".join([*complete, *begun]) or "its beginning"
+    partial, complete = sorted(folder.glob("*.partial")), sorted(folder.glob("*/zarr.json"))
+    said = [f"{path.name.removesuffix('.partial')}: {len(read_records(path))} trajectories" for path in partial]
+    said += [f"{path.parent.name}: complete" for path in complete if path.parent not in partial]
+    return ", ".join(said) or "its beginning"

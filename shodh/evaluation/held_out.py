@@ -114,8 +114,8 @@ def _evaluate_trajectory(
 def _measure_decoded(predicted: Tensor, decoded_truth: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Mean square errors of velocity one step ahead, in normalised units.
 
-    ``decoded_mse``: of the decoded forecasts; ``decoded_truth_mse``: of the decoded true latents, below which no forecast
-    can be expected to get; ``persistence_decoded_mse``: of the true state one step earlier, which no tokenizer touched.
+    ``decoded_mse``: of the decoded forecasts; ``decoded_truth_mse``: of the decoded true latents, below which no
+    forecast can be expected to get; ``persistence_decoded_mse``: of the true state one step earlier, never encoded.
     """
     following = truth[NUM_GIVEN:]
     guesses = {

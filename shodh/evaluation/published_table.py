@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from shodh.evaluation.report_run import largest_leak, pick
 
-# The published figures to compare with, per domain: error of the latent one step ahead, of the field decoded from it, and
-# the share of a domain's tokens that its expert gets. The divergence is given once, in FP64, for both domains.
+# Source: the figures of the publication that this project sets itself against, as the issue "Sparse for real" has them.
+# Per domain: error of the latent one step ahead, of the field decoded from it, and the share of a domain's tokens that
+# its expert gets. The divergence is given once, in FP64, for both domains.
 PUBLISHED = {
     "open_channel": {"latent_mse": 2.46e-5, "decoded_mse": 2.48e-6, "divergence": 2.8e-10, "routing": 1.0},
     "porous_media": {"latent_mse": 9.76e-6, "decoded_mse": 1.76e-6, "divergence": 2.8e-10, "routing": 1.0},
@@ -25,8 +26,9 @@ NORMALISATION = {
     "together, the published normalisation is not stated",
     "decoded_mse": "mean square of velocity decoded one step ahead, per component and cell, in units of the domain's "
     "rms velocity about its mean flow; the published normalisation is not stated",
-    "divergence": "largest |div| (of fwi: |curl|) of the stored FP32 flux of decoded forecasts and truths, evaluated in "
-    "FP64 with the operator of its grid, normalised velocity per mean cell size; the published operator is not stated",
+    "divergence": "largest |div| (of fwi: |curl|) of the stored FP32 flux of decoded forecasts and truths, evaluated "
+    "in FP64 with the operator of its grid, normalised velocity per mean cell size; the published operator is not "
+    "stated",
     "routing": "share of a domain's held-out tokens on its busiest expert of the last layer (its number in brackets)",
 }
 TITLES = {
@@ -50,7 +52,7 @@ class Row(NamedTuple):
 
 
 def compare_with_published(evaluation: Mapping[str, Any]) -> list[Row]:
-    """The rows of an ``evaluation.json``, figure by figure; domains that nothing was published of have no such figure."""
+    """The rows of an ``evaluation.json``, figure by figure; a domain that nothing was published of has ours alone."""
     domains = evaluation.get("domains") or {}
     return [
         _fill_row(figure, name, PUBLISHED.get(name, {}).get(figure), block)

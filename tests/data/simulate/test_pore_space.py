@@ -39,10 +39,10 @@ def test_packed_spheres_do_not_overlap_and_fill_what_was_asked_for(porosity):
 
 @pytest.mark.parametrize("resolution", [9, 16])
 def test_gaussian_rock_is_the_cut_of_a_slowly_blurred_noise(resolution):
-    pore = draw_gaussian(np.random.default_rng(3), resolution, (0.6, 0.6), (0.4, 0.4))
+    pore = draw_gaussian(np.random.default_rng(3), resolution, (0.6, 0.6), (0.1, 0.1))
     rng = np.random.default_rng(3)
     rng.uniform(), rng.uniform()  # porosity and blobiness
-    noise, width = rng.standard_normal((resolution,) * 3), resolution / 16
+    noise, width = rng.standard_normal((resolution,) * 3), resolution / 4
     # the blur in space, summed over images of the box until nothing is left of it
     apart = np.arange(resolution)[:, None] - np.arange(resolution)
     kernel = sum(np.exp(-((apart + image * resolution) ** 2) / 2 / width**2) for image in range(-3, 4))
