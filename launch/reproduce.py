@@ -11,8 +11,8 @@ nor deepwave nor matplotlib need be installed; with deepwave, fwi is among the d
 
 State is in ``run`` and ``stores``. With ``export=FOLDER`` each piece leaves there, in parts of at most 15 MiB with
 digests, what a new machine needs to go on, but for data and latents. Those are made again: with the same bits on a CPU,
-and, which no one has measured, on a GPU of the same kind with the same libraries, as each of its batches at 128^3 is one
-trajectory. Where they come out otherwise, training refuses to go on from a checkpoint of other data.
+and, as each GPU batch at 128^3 is one trajectory, on a GPU of the same kind with the same libraries (which has not been
+measured). Where they come out otherwise, training refuses to go on from a checkpoint of other data.
 """
 
 import sys
