@@ -15,7 +15,7 @@ from conftest import cpu_environment
 from pieces import run_piece
 from reproduction import Reproduction, Step, list_steps, require_domains
 
-from shodh.config import ConfigError, load_config
+from shodh.config import ConfigError, load_config, parse_config
 from shodh.evaluation.published_table import PUBLISHED
 from tokenizer.export import load_tokenizer
 
@@ -205,10 +205,30 @@ def test_domains_are_those_that_the_first_piece_settled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", ["debug", "base"])
 def test_every_config_on_the_way_is_there_and_loads(size, tmp_path):
-    from generate_data import GenerateConfig
+    from generate_data import GenerateConfig, _load_simulator
     from settings import CONFIGS
 
     config = load_config(Reproduction, ROOT / "configs" / "reproduce" / f"{size}.yaml", folders(tmp_path))
-    for step in list_steps(config, DOMAINS):
-        _, file, *overrides = step.command
-        load_config(CONFIGS.get(step.name, GenerateConfig), ROOT / file, overrides)
+    data, *others = list_steps(config, (*DOMAINS, "fwi"))
+    for step in others:
+        load_config(CONFIGS[step.name], ROOT / step.command[1], step.command[2:])
+    simulated = load_config(GenerateConfig, ROOT / data.command[1], data.command[2:])
+    for section in ("open_channel", "porous_media", "acoustics"):
+        simulator, config_class = _load_simulator(section)
+        physics = parse_config(config_class, getattr(simulated, section), source=section)
+        assert simulator.forecast(physics).on_cuda().cuda_bytes < 40e9 and simulated.device == "auto"
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("acoustics", "^error: deepwave: is not installed, and this needs it"),
+        ("porous_media", "error: porous_media: geometry=blobs: porespy is not installed. Install it, or set geometry"),
+    ],
+)
+def test_a_library_that_is_needed_and_missing_is_named_in_one_line(section, said, tmp_path):
+    call = [sys.executable, "launch/generate_data.py", "configs/generate_data/debug.yaml"]
+    call += [f"domain={section}", f"folder={tmp_path}/stores"]
+    done = subprocess.run(call, cwd=ROOT, env=environment_of(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(said, done.stderr, re.MULTILINE), done.stderr
