@@ -57,7 +57,8 @@ def _run_step(step: Step, limit: float, stop_seconds: float, told: list[int], lo
     """Whether it was stopped before its end. Raises RuntimeError where it fails."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, *step.command]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, pass_fds=(lock,))
+    environment = os.environ | {"PYTHONPATH": paths}
+    process = subprocess.Popen(command, env=environment, pass_fds=(lock,), start_new_session=True)
     stopping = None
     try:
         while process.poll() is None:
@@ -68,9 +69,15 @@ def _run_step(step: Step, limit: float, stop_seconds: float, told: list[int], lo
             elif stopping is not None and now >= stopping + stop_seconds:
                 process.kill()
             time.sleep(POLL_SECONDS)
-    except BaseException:  # an interrupt, which the process hears of too
-        process.wait()
+    except BaseException:  # an interrupt
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(stop_seconds)
         raise
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes too, which may hold locks that come next
+        process.wait()
     if process.returncode == 0:
         return False
     if stopping is None and process.returncode != STOPPED:

@@ -36,7 +36,7 @@ class Reproduction:
     evaluate_model: StepConfig
     fwi: Literal["where_installed", "never"] = "where_installed"  # add it where deepwave, which simulates it, is there
     minutes: float = 9.0  # of a piece, its end included
-    stop_seconds: float = 60.0  # of these, to stop a step in: a checkpoint is written meanwhile
+    stop_seconds: float = 90.0  # of these, to stop a step in: a checkpoint is written meanwhile, then exported
     export: Path | None = None  # folder that each piece leaves its results in
 
     def __post_init__(self) -> None:

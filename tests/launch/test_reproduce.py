@@ -167,6 +167,22 @@ def test_a_step_that_does_not_listen_is_ended_within_the_piece(tmp_path):
     assert time.monotonic() - begun < 6
 
 
+def test_what_a_stopped_step_started_ends_with_it(tmp_path):
+    script = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+(pathlib.Path(sys.argv[1]) / "notes").write_text(str(child.pid))
+time.sleep(60)
+"""
+    said = run_piece([wait_step(tmp_path, script)], tmp_path, 12.0, 9.0)
+    assert said is not None
+    status = Path("/proc") / said.removeprefix("wait at ") / "status"
+    deadline = time.monotonic() + 10
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.01)
+
+
 def test_a_step_that_fails_is_named(tmp_path):
     with pytest.raises(RuntimeError, match="^wait: ended with code 3, see above"):
         run_piece([wait_step(tmp_path, "raise SystemExit(3)")], tmp_path, 60.0, 1.0)
