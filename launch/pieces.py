@@ -78,11 +78,9 @@ def _run_step(step: Step, limit: float, stop_seconds: float, told: list[int], lo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own processes too, which may hold locks that come next
         process.wait()
-    if process.returncode == 0:
-        return False
-    if stopping is None and process.returncode != STOPPED:
+    if stopping is None and process.returncode not in (0, STOPPED):
         raise RuntimeError(f"{step.name}: ended with code {process.returncode}, see above. The same command continues.")
-    return True
+    return stopping is not None or process.returncode == STOPPED
 
 
 @contextlib.contextmanager
