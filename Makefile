@@ -1,4 +1,5 @@
 # make pretrain   set up, simulate three physics, train the tokenizer, pretrain the mixture of experts, evaluate, report
+# make reproduce  data, tokenizer, model and the published table beside ours, in pieces of 9 minutes (SIZE=debug: a dry run)
 # make test       set up and run the tests
 # make check      lint, types, tests
 # make faults     hundreds of damaged stores and sources, none of which may be read silently
@@ -25,7 +26,7 @@ export DS_ACCELERATOR := cpu
 export OMP_NUM_THREADS := 1
 endif
 
-.PHONY: setup pretrain transfer-latents transfer ablations forecast pairs test test-slow faults exactness ladder benchmarks lint check clean
+.PHONY: setup pretrain reproduce reproduce-piece transfer-latents transfer ablations forecast pairs test test-slow faults exactness ladder benchmarks lint check clean
 
 setup: .venv/installed
 
@@ -40,6 +41,16 @@ pretrain: setup
 	$(BIN)/python launch/cache_latents.py configs/cache_latents/$(SIZE).yaml
 	$(DEEPSPEED) launch/pretrain.py configs/pretrain/$(SIZE).yaml
 	$(BIN)/python launch/evaluate_model.py configs/evaluate_model/$(SIZE).yaml
+
+# One process, so without DeepSpeed's launcher. INTERPRETER=python3 takes one that has what it needs, and sets up nothing.
+INTERPRETER ?= $(BIN)/python
+REPRODUCE := PYTHONPATH="$(CURDIR)" $(INTERPRETER) launch/reproduce.py configs/reproduce/$(if $(filter debug,$(SIZE)),debug,base).yaml $(SET)
+
+reproduce: $(if $(filter $(BIN)/python,$(INTERPRETER)),setup)
+	while $(REPRODUCE); code=$$?; [ $$code -eq 75 ]; do :; done; exit $$code
+
+reproduce-piece: $(if $(filter $(BIN)/python,$(INTERPRETER)),setup)
+	$(REPRODUCE) || [ $$? -eq 75 ]
 
 TRANSFER := $(if $(filter debug,$(SIZE)),debug,transfer)
 

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     from shodh.config import load_config
     from shodh.device import find_device
     from shodh.evaluation.held_out import evaluate, write_evaluation
-    from shodh.evaluation.report import format_table, write_report
+    from shodh.evaluation.report import format_table
 
     config = load_config(Evaluation, path, overrides)
     torch.set_num_threads(config.threads)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     evaluation = {"run": description, "certificate": tokenizer.certificate, **evaluate(model, held_out)}
     write_evaluation(config.run, evaluation, model, held_out)
     print(format_table(evaluation))
-    print(f"report -> {write_report(config.run)}")
+    print(_write_report(config.run))
 
 
 def write_certified(arguments: list[str]) -> None:
@@ -60,7 +60,6 @@ def write_certified(arguments: list[str]) -> None:
     from shodh.config import load_config, parse_config
     from shodh.device import find_device
     from shodh.evaluation.certificate import CertificateConfig, format_certificate, require_exact, write_certificate
-    from shodh.evaluation.report import write_report
     from tokenizer.export import load_tokenizer
 
     if Path(path).suffix == ".safetensors":
@@ -83,8 +82,18 @@ def write_certified(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(format_certificate(certificate))
     print(f"certificate -> {write_certificate(folder, certificate)}")
-    print(f"report -> {write_report(folder)}")
+    print(_write_report(folder))
     require_exact(certificate, file)
+
+
+def _write_report(folder: Path) -> str:
+    """Where the report is, or why there is none: its figures need matplotlib, the measurements do not."""
+    from shodh.evaluation.report import write_report
+
+    try:
+        return f"report -> {write_report(folder)}"
+    except ModuleNotFoundError as error:
+        return f"no report: {error.name} is not installed; all figures are in {folder}"
 
 
 if __name__ == "__main__":

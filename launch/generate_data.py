@@ -12,10 +12,12 @@ may be killed and started again; whichever completes a store verifies every dige
     sbatch --array=0-7 --wrap 'python launch/generate_data.py CONFIG shard=$SLURM_ARRAY_TASK_ID/8'
 """
 
+import dataclasses
 import multiprocessing
 import os
 import sys
 import threading
+import tomllib
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ class GenerateConfig:
     folder: Path
     num_test: int  # trajectories held out, the last ones
     num_processes: int = 2  # domains simulated side by side
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # auto: CUDA where there is one
     shard: str = "0/1"  # i/n: of n processes that fill the same stores, the one that takes trajectories i, i + n, ...
     domain: Literal["all", "acoustics", "open_channel", "porous_media", "taylor_green", "convection"] = "all"
     acoustics: dict[str, Any] | None = None
@@ -63,10 +65,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"domain={config.domain}: {path} has no such section. Sections: {', '.join(SECTIONS)}.")
     if config.num_processes < 1:
         raise ConfigError(f"num_processes={config.num_processes}: must be at least 1. Raise it.")
-    import torch
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: this machine has none that PyTorch can use. Set device=cpu.")
+    config = dataclasses.replace(config, device=_choose_device(config.device))
     sources: dict[Section, str] = {section: f"{path}, section {section}" for section in chosen}
     _forecast({section: _plan_store(section, config, source)[2] for section, source in sources.items()}, config)
     context = multiprocessing.get_context("spawn")
@@ -82,6 +81,19 @@ def main(arguments: list[str]) -> None:
         names = ", ".join(failures)
         said = f"{len(failures)} of {len(jobs)} domains failed ({names}), see above. The same command continues them."
         raise RuntimeError(said) from next(iter(failures.values()))
+
+
+def _choose_device(device: Literal["cpu", "cuda", "auto"]) -> Literal["cpu", "cuda"]:
+    """The device asked for; ConfigError where it is CUDA and there is none."""
+    import torch
+
+    from shodh.device import find_device
+
+    if device == "auto":
+        return "cuda" if find_device().type == "cuda" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has none that PyTorch can use. Set device=cpu.")
+    return device
 
 
 def _report(job: Future[str], section: Section) -> BaseException | None:
@@ -131,8 +143,6 @@ def _forecast(jobs: "dict[Section, Job]", config: GenerateConfig) -> None:
 
 def _plan_store(section: Section, config: GenerateConfig, source: str) -> "tuple[Any, Any, Job, StorePlan]":
     """The simulator, its config, what is left to do, and the plan of the store."""
-    from importlib.metadata import version
-
     from data.journal import count_missing, parse_share
     from data.layout import StorePlan, partial_folder
     from data.simulate.forecast import Job, folder_bytes
@@ -146,7 +156,7 @@ def _plan_store(section: Section, config: GenerateConfig, source: str) -> "tuple
         num_test=config.num_test,
         shape=(physics.resolution,) * 3,
         solver=f"shodh {simulator.__name__}",
-        solver_version=version("shodh"),
+        solver_version=_read_version(),
         config=to_plain(physics),
     )
     store = config.folder / plan.domain.name
@@ -179,6 +189,16 @@ def _generate(section: Section, config: GenerateConfig, source: str, line: int) 
         written = write_store(store, plan, simulate, parse_share(config.shard))
     what = f"{written.num_written} trajectories added" if written.num_written else "complete already"
     return f"{store}: {what}, {_describe_state(written.digest, written.missing, config.shard)}"
+
+
+def _read_version() -> str:
+    """Of Shodh: as installed, or that of the source tree it is run from."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("shodh")
+    except PackageNotFoundError:
+        return tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]["version"]
 
 
 def _describe_state(digest: str, missing: tuple[int, ...], shard: str) -> str:

@@ -9,7 +9,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Call ``main`` with the command line; ``--help`` prints the script's docstring and imports nothing heavy.
 
     A ValueError, RuntimeError, OSError or ArithmeticError becomes one line and exit code 1, its traceback shown only
-    with ``--debug``. The launcher's ``--local_rank=N`` is dropped.
+    with ``--debug``; so does a library that is not installed. The launcher's ``--local_rank=N`` is dropped.
     """
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     if {"-h", "--help"} & set(arguments):
@@ -21,6 +21,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print(f"error: {error.name}: is not installed, and this needs it. Install it with pip.", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
         if debug:
             raise

@@ -26,6 +26,11 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
 
     Raises ConfigError for a missing file, broken YAML, an unknown key (the nearest key is named) or a wrong type.
     """
+    return parse_config(cls, read_plain(path, overrides), source=str(path))
+
+
+def read_plain(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What ``path`` and overrides say, whoever is to read it; ConfigError for a missing file or broken YAML."""
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"config={path}: is a folder. Give a YAML file in it.")
@@ -42,7 +47,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         raise ConfigError(f"config={path}: holds a {type(raw).__name__}. Write `key: value` lines.")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(cls, raw, source=str(path))
+    return raw
 
 
 def parse_config(cls: type[T], raw: dict[str, Any], *, source: str) -> T:

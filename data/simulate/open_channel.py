@@ -204,7 +204,9 @@ def _simulate_batch(
 
 
 def _batch_size(config: OpenChannelConfig, device: str) -> int:
-    cells = 2**24 if device == "cuda" else 2**18  # what GPU memory, or a CPU's cache, holds with all temporaries
+    # a CPU's cache holds 2^18 cells with all temporaries; a GPU is busy with 2^21, one trajectory at 128^3, whose bits
+    # then do not depend on where a run was interrupted
+    cells = 2**21 if device == "cuda" else 2**18
     return max(1, cells // config.resolution**3)
 
 

@@ -5,8 +5,8 @@
 in a periodic unit box, u = 0 on the grains. With the pores' hydraulic radius l = pore volume / wetted area, the force
 is f0 = viscosity / (2 l)^2: velocity comes in units of f0 (2 l)^2 / viscosity, O(0.1) on average and O(1) in throats.
 
-Rocks: porespy's Gaussian blobs, packs of spheres, or crops of segmented micro-CT images continued by their mirror
-image. The time step is in porous_flow.py; permeabilities come from stokes.py.
+Rocks: Gaussian blobs, porespy's or our own, packs of spheres, or crops of segmented micro-CT images continued by their
+mirror image. The time step is in porous_flow.py; permeabilities come from stokes.py.
 """
 
 import math
@@ -24,6 +24,7 @@ from data.simulate.forecast import Forecast, interpolate_cost
 from data.simulate.micro_ct import draw_crop, mirror, open_source
 from data.simulate.pore_space import (
     draw_blobs,
+    draw_gaussian,
     draw_percolating,
     draw_sphere_pack,
     place_spheres,
@@ -45,7 +46,7 @@ DOMAIN = DomainSpec(
 
 STEP_PER_CELL = 0.6  # time step / cell size: Courant number 0.6 at unit velocity
 STORED_TOLERANCE = 1e-8  # below FP32 round-off, for stored snapshots (in FP64)
-GPU_CELLS_PER_BATCH = 2**24  # 8 trajectories at 128^3
+GPU_CELLS_PER_BATCH = 2**21  # one trajectory at 128^3: its bits do not depend on where a run was interrupted
 
 STEP_SECONDS = {16**3: 5.1e-7, 32**3: 2.6e-7, 64**3: 2.4e-7, 128**3: 4.1e-7}  # of one core, per cell, by cells
 WORKING_BYTES = 600  # per cell: state, operators and their temporaries, and the same in FP64 while a snapshot is stored
@@ -69,9 +70,9 @@ class PorousMediaConfig:
     resolution: int = 32  # cells per axis
     seed: int = 0
     spin_up: float = 2.0  # simulated from rest before the first snapshot
-    geometry: Literal["blobs", "spheres", "micro_ct"] = "blobs"
-    porosity: tuple[float, float] = (0.45, 0.7)  # of blobs and drawn spheres, before unconnected pores are filled
-    blobiness: tuple[float, float] = (0.3, 0.5)  # of porespy; grains are about box / (9 blobiness) wide
+    geometry: Literal["blobs", "gaussian", "spheres", "micro_ct"] = "blobs"  # blobs: porespy's; gaussian: without it
+    porosity: tuple[float, float] = (0.45, 0.7)  # of all that is drawn, before unconnected pores are filled
+    blobiness: tuple[float, float] = (0.3, 0.5)  # as porespy counts it; grains are about box / (9 blobiness) wide
     diameter: tuple[float, float] = (0.25, 0.4)  # of drawn spheres, per box
     source: str | None = None  # micro_ct: an ingested image; spheres: a pack to use instead of drawing one
     viscosity: tuple[float, float] = (0.01, 0.04)
@@ -108,8 +109,8 @@ class PorousMediaConfig:
             )
         if self.geometry == "micro_ct" and self.source is None:
             raise ValueError("source=None: micro_ct needs an image. Name a store that ingest_data digital_rocks wrote.")
-        if self.geometry == "blobs" and self.source is not None:
-            raise ValueError(f"source={self.source}: blobs are drawn, not read. Set geometry or drop it.")
+        if self.geometry in ("blobs", "gaussian") and self.source is not None:
+            raise ValueError(f"source={self.source}: {self.geometry} are drawn, not read. Set geometry or drop it.")
         if self.geometry == "micro_ct" and self.resolution % 2:
             raise ValueError(f"resolution={self.resolution}: half of it is mirrored. Use an even number.")
 
@@ -257,8 +258,9 @@ def draw_pore_space(config: PorousMediaConfig, rng: np.random.Generator) -> Bool
             f"source={config.source}" if config.source else f"porosity={config.porosity}",
             "Raise resolution or porosity.",
         )
+    draw = draw_blobs if config.geometry == "blobs" else draw_gaussian
     return draw_percolating(
-        lambda: draw_blobs(rng, config.resolution, config.porosity, config.blobiness),
+        lambda: draw(rng, config.resolution, config.porosity, config.blobiness),
         f"porosity={config.porosity}",
         "Raise it.",
     )

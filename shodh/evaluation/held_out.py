@@ -60,7 +60,7 @@ class TrajectoryResult(NamedTuple):
 
     routing: RoutingCounts
     conservation: list[ConservationSums]  # of decoded forecasts and of decoded true latents
-    error: Tensor  # mean square of the decoded forecasts' velocity
+    errors: dict[str, Tensor]  # mean squares of velocity, see ``_measure_decoded``
     reconstruction: TrajectoryRows
     rollouts: dict[str, Any]
 
@@ -80,7 +80,7 @@ def evaluate_domain(model: Model, held_out: HeldOutDomain, index: int, num_domai
         conserved: summarise_sums(sums) | {"units": "normalised velocity per mean cell size"},
         "tokenizer": _headlines(reconstruction, held_out.trajectories[0]),
         **measure_next_latents(held_out, lambda *inputs: model(*inputs).latent),
-        "decoded_mse": float(torch.stack([r.error for r in results]).mean()),
+        **{name: float(torch.stack([r.errors[name] for r in results]).mean()) for name in results[0].errors},
         "rollout": summarise_rollouts([r.rollouts for r in results]),
         "rollout_starts": list(plan_steps(len(latents[0].latents)).starts),
         "reconstruction": reconstruction,
@@ -97,19 +97,33 @@ def _evaluate_trajectory(
     decode = _decoder_for(held_out, medium)
     batch = successive_states(trajectory, index)
     forecast = model(batch.given, batch.medium, batch.parameters)
-    decoded = _decode_all(decode, forecast.latent, trajectory.medium)
-    sums = [sum_conservation(decoded.flux, held_out)]
-    error = (decoded.velocity - trajectory.velocity[NUM_GIVEN:]).square().mean()
+    predicted = _decode_all(decode, forecast.latent, trajectory.medium)
     decoded = _decode_all(decode, trajectory.latents, trajectory.medium)
-    sums.append(sum_conservation(decoded.flux, held_out))
+    sums = [sum_conservation(fields.flux, held_out) for fields in (predicted, decoded)]
+    errors = _measure_decoded(predicted.velocity, decoded.velocity, trajectory.velocity)
     fields = TrueFields(trajectory.velocity, trajectory.pressure, medium)
     return TrajectoryResult(
         routing=count_routing(forecast.routings, batch.domain, num_domains),
         conservation=sums,
-        error=error,
+        errors=errors,
         reconstruction=sample_trajectory(decoded, fields, held_out.grid, held_out.baselines),
         rollouts=_roll_out_trajectory(held_out, {"model": lambda *inputs: model(*inputs).latent}, number, decoded),
     )
+
+
+def _measure_decoded(predicted: Tensor, decoded_truth: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Mean square errors of velocity one step ahead, in normalised units.
+
+    ``decoded_mse``: of the decoded forecasts; ``decoded_truth_mse``: of the decoded true latents, below which no
+    forecast can be expected to get; ``persistence_decoded_mse``: of the true state one step earlier, never encoded.
+    """
+    following = truth[NUM_GIVEN:]
+    guesses = {
+        "decoded_mse": predicted,
+        "decoded_truth_mse": decoded_truth[NUM_GIVEN:],
+        "persistence_decoded_mse": truth[NUM_GIVEN - 1 : -1],
+    }
+    return {name: (guess - following).square().mean() for name, guess in guesses.items()}
 
 
 def measure_next_latents(held_out: HeldOutDomain, predict: Predict) -> dict[str, float]:

@@ -81,10 +81,12 @@ def test_loader_imports_neither_torch_nor_deepspeed():
 def test_every_yaml_in_configs_loads(request):
     import settings
     from generate_data import GenerateConfig
+    from reproduction import Reproduction
 
     from data.simulate.openfwi_files import GathersConfig
 
     configs = settings.CONFIGS | {"generate_data": GenerateConfig, "generate_gathers": GathersConfig}
+    configs |= {"reproduce": Reproduction}
     paths = sorted((request.config.rootpath / "configs").glob("*/*.yaml"))
     assert paths
     for path in paths:

@@ -133,7 +133,7 @@ def test_a_gpu_s_batches_are_counted_in_the_memory_of_its_host() -> None:
     assert vortices.peak_bytes == 25 * 16 * 2**24
     layers = forecast_convection(ConvectionConfig(resolution=64, num_trajectories=100)).on_cuda()
     assert layers.peak_bytes == 25 * 20 * 2**24
-    assert forecast_rock(PorousMediaConfig(resolution=64, num_trajectories=100)).on_cuda().peak_bytes > 25 * 16 * 2**24
+    assert forecast_rock(PorousMediaConfig(resolution=64, num_trajectories=100)).on_cuda().peak_bytes > 25 * 16 * 2**21
     assert Forecast(1.0, 5).on_cuda() == Forecast(1.0, 5, cuda_bytes=5)
 
 

@@ -9,6 +9,7 @@ import pytest
 from data.simulate.pore_space import (
     OVERLAP,
     draw_blobs,
+    draw_gaussian,
     draw_percolating,
     draw_sphere_pack,
     keep_percolating,
@@ -34,6 +35,32 @@ def test_packed_spheres_do_not_overlap_and_fill_what_was_asked_for(porosity):
         assert len(spheres) * math.pi / 6 * spheres[0, 3] ** 3 == pytest.approx(1 - porosity)
         # a cell is decided at its centre: the share of 32^3 cells scatters by about the surface's cells ^ -1/2
         assert place_spheres(spheres, 32).mean() == pytest.approx(porosity, abs=0.01)
+
+
+@pytest.mark.parametrize("resolution", [9, 16])
+def test_gaussian_rock_is_the_cut_of_a_slowly_blurred_noise(resolution):
+    pore = draw_gaussian(np.random.default_rng(3), resolution, (0.6, 0.6), (0.1, 0.1))
+    rng = np.random.default_rng(3)
+    rng.uniform(), rng.uniform()  # porosity and blobiness
+    noise, width = rng.standard_normal((resolution,) * 3), resolution / 4
+    # the blur in space, summed over images of the box until nothing is left of it
+    apart = np.arange(resolution)[:, None] - np.arange(resolution)
+    kernel = sum(np.exp(-((apart + image * resolution) ** 2) / 2 / width**2) for image in range(-3, 4))
+    field = np.einsum("ai,bj,ck,ijk->abc", kernel, kernel, kernel, noise)
+    cut = np.sort(field.ravel())[round(0.6 * (field.size - 1))]
+    unlike = pore != (field < cut)
+    assert unlike.sum() <= 1  # the cell that the quantile runs through
+    assert abs(pore.mean() - 0.6) <= 1 / field.size
+
+
+def test_gaussian_rock_has_the_pores_of_porespy_s_blobs():
+    def wetted(draw) -> np.ndarray:
+        rocks = [draw(np.random.default_rng([9, seed]), 32, (0.575, 0.575), (0.4, 0.4)) for seed in range(20)]
+        return np.array([sum(np.count_nonzero(p ^ np.roll(p, 1, axis)) for axis in range(3)) / p.size for p in rocks])
+
+    ours, theirs = wetted(draw_gaussian), wetted(draw_blobs)
+    error = math.hypot(ours.std(ddof=1), theirs.std(ddof=1)) / math.sqrt(20)
+    assert abs(ours.mean() - theirs.mean()) < 3 * error < 0.05 * theirs.mean()
 
 
 def test_spheres_that_find_no_room_are_refused():
