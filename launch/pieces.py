@@ -19,7 +19,7 @@ from reproduction import Step
 from shodh.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-STOPPED = 75  # with which a training ends that was told to, once its checkpoint is written
+STOPPED = os.EX_TEMPFAIL  # 75, with which a training ends that was told to, once its checkpoint is written
 POLL_SECONDS = 0.1
 
 

@@ -15,12 +15,13 @@ and, as each GPU batch at 128^3 is one trajectory, on a GPU of the same kind wit
 measured). Where they come out otherwise, training refuses to go on from a checkpoint of other data.
 """
 
+import os
 import sys
 from pathlib import Path
 
 from shodh.command_line import run, split_arguments
 
-MORE = 75  # EX_TEMPFAIL: not done, but nothing is wrong
+MORE = os.EX_TEMPFAIL  # 75: not done, but nothing is wrong
 
 
 def main(arguments: list[str]) -> None:

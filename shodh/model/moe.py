@@ -42,7 +42,7 @@ class MixtureOfExperts(nn.Module):
         if torch.is_autocast_enabled(flat.device.type):
             low = flat.to(torch.get_autocast_dtype(flat.device.type))
         first, last = flat.tensor_split(2)
-        travelling = there.start(low[dispatch.source])
+        travelling = there.start(low.index_select(0, dispatch.source))
         shared = [self.shared(first)]
         travelling = back.start(self.routed(there.end(travelling), arrived))
         shared.append(self.shared(last))

@@ -51,7 +51,7 @@ def has_grouped_kernel(rows: Tensor) -> bool:
 
 def _apply_grouped(rows: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tensor) -> Tensor:
     end = dispatch.end.to(torch.int32)
-    sorted_rows = rows if dispatch.source is None else rows[dispatch.source]
+    sorted_rows = rows if dispatch.source is None else rows.index_select(0, dispatch.source)
     gate, up = functional.grouped_mm(sorted_rows, gate_up, offs=end).chunk(2, -1)
     output = functional.grouped_mm(functional.silu(gate) * up, down, offs=end)
     if dispatch.weight is not None:
@@ -125,7 +125,7 @@ def _chunks(end: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
 
 
 def _take(rows: Tensor, source: Tensor | None, chunk: slice) -> Tensor:
-    return rows[chunk] if source is None else rows[source[chunk]]
+    return rows[chunk] if source is None else rows.index_select(0, source[chunk])
 
 
 def _add(total: Tensor, source: Tensor | None, chunk: slice, values: Tensor) -> None:
