@@ -1,0 +1,201 @@
+"""What a latent transformer costs: its parameters, the products of a forward and a backward pass, what those keep.
+
+Letters of the formulas, for one sample: N cells of the latent grid, n = N / patch^3 tokens, v values a token is made of,
+w the latent values it stands for; d width, h and g hidden widths of the shared and of a routed expert, k = top_k of e
+experts, s semantic width, u = 27 NUM_GIVEN latent_channels + 27 medium_channels values that a linear expert sees, r
+values that E linear experts say of a cell. A product of (a, b) and (b, c) counts 2 a b c operations; what is not a
+product of matrices counts none.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from shodh.fields import CONDITIONS, NUM_GIVEN
+from shodh.model.transformer import LatentTransformer, TransformerConfig
+
+FULL = 4  # bytes of an FP32 number
+INDEX = 8  # bytes of an index
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters by who holds them under expert parallelism."""
+
+    dense: int  # every rank
+    routed: int  # experts, shared out over ranks
+    linear: int  # linear experts: every rank
+
+
+class Operations(NamedTuple):
+    """Floating-point operations of one sample's forward pass, by what becomes of them."""
+
+    entry: float  # the first products, whose inputs need no gradient
+    ends: float  # the rest of what lies outside the blocks
+    attention: float  # with its projections and the modulation of both norms
+    shared: float  # shared experts, during which tokens may travel to their routed ones
+    routed: float
+    router: float  # always FP32
+    linear: float  # linear experts, always FP32; their inputs need no gradient
+
+    @property
+    def forward(self) -> float:
+        """All of them."""
+        return sum(self)
+
+    @property
+    def blocks(self) -> float:
+        """Those of the blocks, which are done again in the backward pass where they are recomputed."""
+        return self.attention + self.shared + self.routed + self.router
+
+    def train(self, num_predicted: int = 1, num_led: float = 0.0) -> float:
+        """Of ``num_predicted`` forecasts in a row with their backward passes, after ``num_led`` without gradient.
+
+        Backward, a product costs one more for its weights' gradient, and one for its input's where that is needed: not
+        in the first forecast's ``entry`` and ``linear``. What recomputation repeats is not counted.
+        """
+        return (3 * num_predicted + num_led) * self.forward - self.entry - self.linear
+
+
+class Sizes(NamedTuple):
+    """The letters of the formulas above."""
+
+    cells: int
+    tokens: int
+    seen: int  # v
+    said: int  # w
+    kernels: int  # E
+
+
+def name_parameters(config: TransformerConfig) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter's name and shape: those of the model itself, built without memory for its numbers."""
+    with torch.device("meta"):
+        return list(LatentTransformer(config).named_parameters())
+
+
+def is_routed(name: str) -> bool:
+    """Whether a parameter is a stack of routed experts, which expert parallelism shares out."""
+    return ".routed." in name
+
+
+def count_by_kind(named: Sequence[tuple[str, nn.Parameter]]) -> ParameterCount:
+    """How many parameters of each kind there are."""
+    total = sum(parameter.numel() for _, parameter in named)
+    routed = sum(parameter.numel() for name, parameter in named if is_routed(name))
+    linear = sum(parameter.numel() for name, parameter in named if name.startswith("stencil."))
+    return ParameterCount(total - routed - linear, routed, linear)
+
+
+def measure_sizes(config: TransformerConfig, grid: Sequence[int]) -> Sizes:
+    """The sizes of one sample on a latent grid; raises ValueError where ``patch`` does not divide it."""
+    if any(size < 1 or size % config.patch for size in grid):
+        raise ValueError(
+            f"patch={config.patch}: does not divide the latent grid {tuple(grid)}. Choose one that does."
+        )
+    cells, volume = math.prod(grid), config.patch**3
+    seen = NUM_GIVEN * config.latent_channels + config.medium_channels
+    kernels = config.num_kernels or config.num_experts
+    return Sizes(cells, cells // volume, seen * volume, config.latent_channels * volume, kernels)
+
+
+def count_operations(config: TransformerConfig, grid: Sequence[int]) -> Operations:
+    """Of one sample's forward pass.
+
+    entry      2 n v d + 2 q d, of q conditions                shared  depth * 6 n d h
+    ends       2 d^2 + 2 n d w                                 routed  depth * 6 k n d g
+    attention  depth * (8 d^2 + 8 n d^2 + 4 n^2 d)             router  depth * (2 n d s + 4 d s + 2 n s e)
+                                                               linear  2 N r u + 2 N r
+    """
+    sizes, d = measure_sizes(config, grid), config.width
+    n, s, values = sizes.tokens, config.semantic_width, sizes.kernels * config.latent_channels
+    conditions = len(CONDITIONS) + NUM_GIVEN - 1
+    around = 27 * (NUM_GIVEN * config.latent_channels + config.medium_channels)
+    return Operations(
+        entry=2 * n * sizes.seen * d + 2 * conditions * d,
+        ends=2 * d**2 + 2 * n * d * sizes.said,
+        attention=config.depth * (8 * d**2 + 8 * n * d**2 + 4 * n**2 * d),
+        shared=config.depth * 6 * n * d * config.hidden,
+        routed=config.depth * 6 * config.top_k * n * d * _routed_width(config),
+        router=config.depth * (2 * n * d * s + 4 * d * s + 2 * n * s * config.num_experts),
+        linear=2 * sizes.cells * values * around + 2 * sizes.cells * values,
+    )
+
+
+class Keeping(NamedTuple):
+    """How a forward pass is run, as far as it decides what is kept."""
+
+    num_samples: int
+    low: int = FULL  # bytes of a number in the products: 4, or 2 under bfloat16 autocast
+    expert_parallel: int = 1
+    num_predicted: int = 1  # forecasts in a row
+
+
+def saved_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> float:
+    """What the training loss keeps for its backward pass beside parameters and the batch, bytes.
+
+    Counted on CPU; CUDA's fused norms keep less of their inputs. Blocks that are recomputed keep their input and what
+    the losses read of their routing.
+    """
+    sizes = measure_sizes(config, grid)
+    tokens, cells = keeping.num_samples * sizes.tokens, keeping.num_samples * sizes.cells
+    block = block_bytes(config, grid, keeping)
+    if config.recompute:
+        block = tokens * config.width * keeping.low + _routing_bytes(config, tokens)
+    # the given states, their differences of each order and the change have gradients then
+    again = (NUM_GIVEN * (NUM_GIVEN + 1) // 2 + 1) * cells * config.latent_channels * FULL
+    one = config.depth * block + _ends_bytes(config, grid, keeping)
+    return keeping.num_predicted * one + (keeping.num_predicted - 1) * again
+
+
+def block_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> float:
+    """What one block of the transformer keeps, or makes again, bytes.
+
+    Per token: both norms, their input and its normalised values in FP32, what the weights and the modulation make of it
+    in low precision; queries and keys before and after rotation; values, attention's output, before and after heads
+    are joined; four hidden widths of the shared expert.
+    """
+    n, d, low = measure_sizes(config, grid).tokens, config.width, keeping.low
+    tokens = keeping.num_samples * n
+    cast = 1 if low < FULL else 0  # what is needed in both precisions
+    norms = 2 * (tokens * d * (2 * FULL + 2 * low) + tokens * FULL + keeping.num_samples * d * low)
+    queries_and_keys = 2 * tokens * (d * (1 + cast) + config.num_heads) * FULL
+    attention = queries_and_keys + tokens * (7 * d * low + config.num_heads * FULL)
+    rotary = 4 * n * (d // config.num_heads // 2) * FULL
+    router = tokens * (cast * d + 2 * config.semantic_width + 2) * FULL + 3 * keeping.num_samples * d * FULL
+    shared = 4 * tokens * config.hidden * low
+    routed = _routed_bytes(config, tokens, low) + _routing_bytes(config, tokens)
+    hidden = 3 * d * (config.hidden + config.num_experts * _routed_width(config) / keeping.expert_parallel)
+    matrices = cast * low * (8 * d**2 + hidden)
+    return norms + attention + rotary + router + shared + routed + matrices
+
+
+def _routed_bytes(config: TransformerConfig, tokens: int, low: int) -> float:
+    """Of k copies of every token: input, output and weighted output (3 d), what lies between (4 g), gate, order."""
+    return tokens * config.top_k * ((3 * config.width + 4 * _routed_width(config) + 1) * low + 2 * INDEX)
+
+
+def _routing_bytes(config: TransformerConfig, tokens: int) -> float:
+    """Which experts were chosen; scores and probabilities, which the losses read, and their normalisation."""
+    return tokens * (config.top_k * INDEX + (2 * config.num_experts + 1) * FULL)
+
+
+def _ends_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> float:
+    """Before the first block and after the last: conditions, what is embedded, the last norm, linear experts, error."""
+    sizes, d, low = measure_sizes(config, grid), config.width, keeping.low
+    tokens, cells = keeping.num_samples * sizes.tokens, keeping.num_samples * sizes.cells
+    conditions = len(CONDITIONS) + NUM_GIVEN - 1
+    told = keeping.num_samples * (conditions + 4 * d) * low
+    norm = tokens * (d * (2 * FULL + low) + FULL)
+    fields = NUM_GIVEN * config.latent_channels + config.medium_channels
+    around = keeping.num_samples * fields * math.prod(size + 2 for size in grid) * FULL
+    kernels = 27 * fields * config.latent_channels * sizes.kernels * FULL  # in units of their gain
+    linear = around + kernels + cells * sizes.kernels * FULL
+    error = cells * config.latent_channels * FULL
+    matrices = (low < FULL) * low * d * (sizes.seen + sizes.said + conditions + d)
+    return told + tokens * sizes.seen * low + norm + linear + error + matrices
+
+
+def _routed_width(config: TransformerConfig) -> int:
+    return config.expert_hidden or config.hidden
