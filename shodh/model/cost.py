@@ -7,6 +7,7 @@ values that E linear experts say of a cell. A product of (a, b) and (b, c) count
 product of matrices counts none.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -69,10 +70,11 @@ class Sizes(NamedTuple):
     kernels: int  # E
 
 
-def name_parameters(config: TransformerConfig) -> list[tuple[str, nn.Parameter]]:
+@functools.lru_cache(maxsize=8)
+def name_parameters(config: TransformerConfig) -> tuple[tuple[str, nn.Parameter], ...]:
     """Every parameter's name and shape: those of the model itself, built without memory for its numbers."""
     with torch.device("meta"):
-        return list(LatentTransformer(config).named_parameters())
+        return tuple(LatentTransformer(config).named_parameters())
 
 
 def is_routed(name: str) -> bool:
