@@ -4,9 +4,10 @@
 
 Each case is a real engine that takes real steps of the pretraining loss on CPU, in FP32: alone, and as two ranks under
 the deepspeed launcher for ZeRO 1 and 2. Memory is counted in storages: those of parameters, those that the optimizer
-holds beside them, and those that autograd keeps after the loss beside parameters and batch; operations by PyTorch's
-counter; the peak by the profiler, over one step with everything that lies in memory before it. Seconds, of the CPU,
-have no target: they depend on the machine, of which configs/plan_run/laptop.yaml says little. Nothing was fitted.
+holds beside them, and those that autograd and telemetry keep after the loss beside parameters and batch; operations by
+PyTorch's counter; the peak by the profiler, over one step with everything that lies in memory before it. Seconds, of
+the CPU, have no target: they depend on the machine, of which configs/plan_run/laptop.yaml says little. Nothing was
+fitted: the formulas are those of shodh/model/cost.py and shodh/planning.
 """
 
 import os
@@ -20,42 +21,34 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from figures import ROOT, Figure, at_most, report, stated
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from plan_measures import Measurement, measure
 
 sys.path.append(str(ROOT / "launch"))
 
 from settings import RunPlanning  # noqa: E402 - beside the launch scripts
 
-from shodh.config import load_config  # noqa: E402
-from shodh.fields import CONDITIONS, LatentBatch  # noqa: E402
-from shodh.model.transformer import LatentTransformer, TransformerConfig  # noqa: E402
+from shodh.config import load_config, parse_config  # noqa: E402
+from shodh.model.transformer import TransformerConfig  # noqa: E402
 from shodh.planning.arrangement import Workload  # noqa: E402
 from shodh.planning.cluster import ClusterConfig  # noqa: E402
-from shodh.model.cost import FULL  # noqa: E402
-from shodh.planning.memory import BUCKET, forecast_memory  # noqa: E402
+from shodh.planning.memory import forecast_memory  # noqa: E402
 from shodh.planning.plan import count_checkpoint_bytes  # noqa: E402
 from shodh.planning.step_time import forecast_step, step_operations  # noqa: E402
-from shodh.training.checkpoint import collect_state  # noqa: E402
-from shodh.training.engine import EngineConfig, build_engine, distributed, plain_optimizer, set_learning_rate  # noqa: E402
-from shodh.training.objectives import ForecastConfig, ForecastObjective  # noqa: E402
+from shodh.training.engine import EngineConfig, distributed  # noqa: E402
+from shodh.training.objectives import ForecastConfig  # noqa: E402
+from shodh.training.optimizers import OptimizerName  # noqa: E402
 from shodh.training.schedule import ScheduleConfig  # noqa: E402
 
 MOST = 0.15
 TARGETS = ("parameters", "optimizer", "activations", "operations", "checkpoint")  # must be within MOST
-SMALL = {"latent_channels": 16, "medium_channels": 4, "width": 64, "depth": 2, "num_heads": 4, "num_experts": 4, "hidden": 128}
+SMALL = {"width": 64, "depth": 2, "num_heads": 4, "num_experts": 4, "hidden": 128, "medium_channels": 4}
 
 
 class Case(NamedTuple):
@@ -65,8 +58,8 @@ class Case(NamedTuple):
     model: dict[str, Any]
     side: int = 4  # cells of the latent grid along each axis
     batch_size: int = 4
-    zero_stage: int = 0
-    optimizer: str = "adamw"
+    zero_stage: Literal[0, 1, 2] = 0
+    optimizer: OptimizerName = "adamw"
     num_predicted: int = 1
 
 
@@ -92,8 +85,6 @@ AS_TWO = (
     Case("two ranks, ZeRO 2", {"num_experts": 8, "depth": 4}, batch_size=8, zero_stage=2),
     Case("two ranks, Muon", {"top_k": 2}, batch_size=4, optimizer="muon"),
 )
-
-Measurement = dict[str, float]
 
 
 def main(arguments: list[str]) -> int:
@@ -138,114 +129,12 @@ def measure_cases(cases: Sequence[Case]) -> list[Measurement]:
 def workload_of(case: Case) -> Workload:
     """A training of one step or more of a case."""
     return Workload(
-        model=TransformerConfig(**(SMALL | case.model)),
+        model=parse_config(TransformerConfig, SMALL | case.model, source=case.name),
         objective=ForecastConfig(unroll=((0, case.num_predicted),)),
-        engine=EngineConfig(batch_size=case.batch_size, zero_stage=case.zero_stage, optimizer=case.optimizer),  # type: ignore[arg-type]
+        engine=EngineConfig(batch_size=case.batch_size, zero_stage=case.zero_stage, optimizer=case.optimizer),
         schedule=ScheduleConfig(num_steps=4, learning_rate=1e-4, num_warmup_steps=0),
         checkpoint_interval=4,
-        grid=(case.side,) * 3,
-    )
-
-
-def measure(workload: Workload, device: torch.device, num_ranks: int) -> Measurement:
-    """One step is counted, a second one profiled, three more timed."""
-    torch.manual_seed(0)
-    model = LatentTransformer(workload.model)
-    engine = build_engine(model, workload.engine, device)
-    set_learning_rate(engine, 1e-4)
-    objective, batch = ForecastObjective(workload.objective), make_batch(workload, num_ranks)
-    parameters = Storages(model.parameters())
-    optimizer = plain_optimizer(engine)
-    stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    kept = Storages([*stepped, *moments], apart_from=parameters)
-    activations = Storages([], apart_from=Storages([*model.parameters(), *model.buffers(), *batch]))
-    counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # it does not see the CPU's fused attention
-        objective.begin_step(0)
-        terms, _ = objective(engine, batch)
-        engine.backward(terms["total"])
-    engine.step()
-    del terms
-    with saved_tensors_hooks(activations.add, lambda tensor: tensor):
-        objective.begin_step(0)
-        objective(engine, batch)
-    size = activations.size
-    activations.clear()
-    peak = parameters.size + kept.size + profile_peak(lambda: take_step(engine, objective, batch))
-    if workload.engine.zero_stage:
-        peak -= FULL * (BUCKET - min(BUCKET, parameters.size // FULL))  # asked for, but never written
-    seconds = []
-    for _ in range(5):
-        started = time.process_time()
-        take_step(engine, objective, batch)
-        seconds.append(time.process_time() - started)
-    state = collect_state(engine)
-    return {
-        "parameters": parameters.size,
-        "optimizer": kept.size,
-        "activations": size,
-        "operations": counter.get_total_flops(),
-        "checkpoint": sum(value.nbytes for value in state.values()),
-        "peak": peak,
-        "seconds": float(np.median(seconds)),
-    }
-
-
-class Storages:
-    """Memory that tensors stand on, each counted once."""
-
-    def __init__(self, tensors: Iterable[Tensor], apart_from: "Storages | None" = None) -> None:
-        self.excluded = set() if apart_from is None else set(apart_from.sizes)
-        self.sizes: dict[int, int] = {}
-        self.held: list[Tensor] = []  # else an address could be given out again
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor: Tensor) -> Tensor:
-        """Count what the tensor stands on, and give it back."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.excluded:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-            self.held.append(tensor)
-        return tensor
-
-    @property
-    def size(self) -> int:
-        """Bytes in all."""
-        return sum(self.sizes.values())
-
-    def clear(self) -> None:
-        """Let go of the tensors."""
-        self.held.clear()
-        self.sizes.clear()
-
-
-def take_step(engine: Any, objective: ForecastObjective, batch: LatentBatch) -> None:
-    """As the training loop does."""
-    objective.begin_step(0)
-    terms, _ = objective(engine, batch)
-    engine.backward(terms["total"])
-    engine.step()
-
-
-def profile_peak(work: Any) -> int:
-    """The most bytes that work has allocated and not yet freed at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return int(np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])]).max())
-
-
-def make_batch(workload: Workload, num_ranks: int) -> LatentBatch:
-    """This rank's random share; what it holds costs nothing."""
-    num, model = workload.engine.batch_size // num_ranks, workload.model
-    return LatentBatch(
-        states=torch.randn(num, workload.objective.num_states, model.latent_channels, *workload.grid),
-        medium=torch.randn(num, model.medium_channels, *workload.grid),
-        parameters=torch.randn(num, len(CONDITIONS)),
-        domain=torch.zeros(num, dtype=torch.int64),
+        grid=(case.side, case.side, case.side),
     )
 
 

@@ -17,11 +17,11 @@ def main(arguments: list[str]) -> None:
     cluster_path, overrides = split_arguments(rest, USAGE)
     from settings import Pretraining, RunPlanning, workload_of
 
-    from shodh.config import load_config, to_plain
+    from shodh.config import load_config
     from shodh.planning.arrangement import list_settings
     from shodh.planning.plan import forecast, list_warnings
     from shodh.planning.recommendation import recommend
-    from shodh.planning.table import describe_plans
+    from shodh.planning.table import describe_plans, name_values
 
     ours = [o for o in overrides if o.startswith(("cluster.", "latent_shape="))]
     config = load_config(Pretraining, path, [o for o in overrides if o not in ours])
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     settings = list_settings(best.arrangement, cluster.num_ranks)
     warnings = list(list_warnings(workload, cluster, plan))
     if "--json" in arguments:
-        plans = {"as_configured": to_plain(plan._asdict()), "recommended": to_plain(best._asdict())}
+        plans = {"as_configured": name_values(plan), "recommended": name_values(best)}
         print(json.dumps(plans | {"settings": settings, "warnings": warnings}, indent=1))
         return
     print(describe_plans({"as configured": plan, "recommended": best}, cluster))

@@ -1,10 +1,9 @@
 """What a latent transformer costs: its parameters, the products of a forward and a backward pass, what those keep.
 
-Letters of the formulas, for one sample: N cells of the latent grid, n = N / patch^3 tokens, v values a token is made of,
-w the latent values it stands for; d width, h and g hidden widths of the shared and of a routed expert, k = top_k of e
-experts, s semantic width, u = 27 NUM_GIVEN latent_channels + 27 medium_channels values that a linear expert sees, r
-values that E linear experts say of a cell. A product of (a, b) and (b, c) counts 2 a b c operations; what is not a
-product of matrices counts none.
+Letters of the formulas, for one sample: N cells of the latent grid, n = N / patch^3 tokens, v values that a token is
+made of and w that it stands for; d width, h and g hidden widths of the shared and of a routed expert, k = top_k of e
+experts, s semantic width; u values around a cell that a linear expert sees, r values that all of them say of it. A
+product of (a, b) and (b, c) counts 2 a b c operations; what is not a product of matrices counts none.
 """
 
 import functools
@@ -20,6 +19,7 @@ from shodh.model.transformer import LatentTransformer, TransformerConfig
 
 FULL = 4  # bytes of an FP32 number
 INDEX = 8  # bytes of an index
+NUM_CONDITIONS = len(CONDITIONS) + NUM_GIVEN - 1  # q: those given, and sizes of the changes
 
 
 class ParameterCount(NamedTuple):
@@ -33,25 +33,25 @@ class ParameterCount(NamedTuple):
 class Operations(NamedTuple):
     """Floating-point operations of one sample's forward pass, by what becomes of them."""
 
-    entry: float  # the first products, whose inputs need no gradient
-    ends: float  # the rest of what lies outside the blocks
-    attention: float  # with its projections and the modulation of both norms
-    shared: float  # shared experts, during which tokens may travel to their routed ones
-    routed: float
-    router: float  # always FP32
-    linear: float  # linear experts, always FP32; their inputs need no gradient
+    entry: int  # the first products, whose inputs need no gradient
+    ends: int  # the rest of what lies outside the blocks
+    attention: int  # with its projections and the modulation of both norms
+    shared: int  # shared experts, during which tokens may travel to their routed ones
+    routed: int
+    router: int  # always FP32
+    linear: int  # linear experts, always FP32; their inputs need no gradient
 
     @property
-    def forward(self) -> float:
+    def forward(self) -> int:
         """All of them."""
         return sum(self)
 
     @property
-    def blocks(self) -> float:
+    def blocks(self) -> int:
         """Those of the blocks, which are done again in the backward pass where they are recomputed."""
         return self.attention + self.shared + self.routed + self.router
 
-    def train(self, num_predicted: int = 1, num_led: float = 0.0) -> float:
+    def train(self, num_predicted: float = 1.0, num_led: float = 0.0) -> float:
         """Of ``num_predicted`` forecasts in a row with their backward passes, after ``num_led`` without gradient.
 
         Backward, a product costs one more for its weights' gradient, and one for its input's where that is needed: not
@@ -93,9 +93,7 @@ def count_by_kind(named: Sequence[tuple[str, nn.Parameter]]) -> ParameterCount:
 def measure_sizes(config: TransformerConfig, grid: Sequence[int]) -> Sizes:
     """The sizes of one sample on a latent grid; raises ValueError where ``patch`` does not divide it."""
     if any(size < 1 or size % config.patch for size in grid):
-        raise ValueError(
-            f"patch={config.patch}: does not divide the latent grid {tuple(grid)}. Choose one that does."
-        )
+        raise ValueError(f"patch={config.patch}: does not divide the latent grid {tuple(grid)}. Choose one that does.")
     cells, volume = math.prod(grid), config.patch**3
     seen = NUM_GIVEN * config.latent_channels + config.medium_channels
     kernels = config.num_kernels or config.num_experts
@@ -112,10 +110,9 @@ def count_operations(config: TransformerConfig, grid: Sequence[int]) -> Operatio
     """
     sizes, d = measure_sizes(config, grid), config.width
     n, s, values = sizes.tokens, config.semantic_width, sizes.kernels * config.latent_channels
-    conditions = len(CONDITIONS) + NUM_GIVEN - 1
     around = 27 * (NUM_GIVEN * config.latent_channels + config.medium_channels)
     return Operations(
-        entry=2 * n * sizes.seen * d + 2 * conditions * d,
+        entry=2 * n * sizes.seen * d + 2 * NUM_CONDITIONS * d,
         ends=2 * d**2 + 2 * n * d * sizes.said,
         attention=config.depth * (8 * d**2 + 8 * n * d**2 + 4 * n**2 * d),
         shared=config.depth * 6 * n * d * config.hidden,
@@ -134,24 +131,26 @@ class Keeping(NamedTuple):
     num_predicted: int = 1  # forecasts in a row
 
 
-def saved_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> float:
-    """What the training loss keeps for its backward pass beside parameters and the batch, bytes.
+def saved_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> int:
+    """What the training loss keeps and hands on beside parameters and the batch, bytes.
 
     Counted on CPU; CUDA's fused norms keep less of their inputs. Blocks that are recomputed keep their input and what
     the losses read of their routing.
     """
-    sizes = measure_sizes(config, grid)
+    sizes, low = measure_sizes(config, grid), keeping.low
     tokens, cells = keeping.num_samples * sizes.tokens, keeping.num_samples * sizes.cells
     block = block_bytes(config, grid, keeping)
+    ends, spared = _ends_bytes(config, grid, keeping), 0
     if config.recompute:
-        block = tokens * config.width * keeping.low + _routing_bytes(config, tokens)
-    # the given states, their differences of each order and the change have gradients then
-    again = (NUM_GIVEN * (NUM_GIVEN + 1) // 2 + 1) * cells * config.latent_channels * FULL
-    one = config.depth * block + _ends_bytes(config, grid, keeping)
-    return keeping.num_predicted * one + (keeping.num_predicted - 1) * again
+        spared = config.depth * (_routing_bytes(config, tokens) - tokens * (config.num_experts + 1) * FULL)
+        block = tokens * config.width * low + _routing_bytes(config, tokens)
+    # the given states, their differences of each order and the change have gradients then; telemetry sees the first
+    fields = (NUM_GIVEN * (NUM_GIVEN + 1) // 2 + 1) * cells * config.latent_channels * FULL
+    again = fields + (low < FULL) * low * config.width * (sizes.seen + NUM_CONDITIONS) - spared
+    return keeping.num_predicted * (config.depth * block + ends) + (keeping.num_predicted - 1) * again
 
 
-def block_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> float:
+def block_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> int:
     """What one block of the transformer keeps, or makes again, bytes.
 
     Per token: both norms, their input and its normalised values in FP32, what the weights and the modulation make of it
@@ -168,34 +167,33 @@ def block_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping
     router = tokens * (cast * d + 2 * config.semantic_width + 2) * FULL + 3 * keeping.num_samples * d * FULL
     shared = 4 * tokens * config.hidden * low
     routed = _routed_bytes(config, tokens, low) + _routing_bytes(config, tokens)
-    hidden = 3 * d * (config.hidden + config.num_experts * _routed_width(config) / keeping.expert_parallel)
+    hidden = 3 * d * (config.hidden + config.num_experts // keeping.expert_parallel * _routed_width(config))
     matrices = cast * low * (8 * d**2 + hidden)
     return norms + attention + rotary + router + shared + routed + matrices
 
 
-def _routed_bytes(config: TransformerConfig, tokens: int, low: int) -> float:
+def _routed_bytes(config: TransformerConfig, tokens: int, low: int) -> int:
     """Of k copies of every token: input, output and weighted output (3 d), what lies between (4 g), gate, order."""
     return tokens * config.top_k * ((3 * config.width + 4 * _routed_width(config) + 1) * low + 2 * INDEX)
 
 
-def _routing_bytes(config: TransformerConfig, tokens: int) -> float:
-    """Which experts were chosen; scores and probabilities, which the losses read, and their normalisation."""
-    return tokens * (config.top_k * INDEX + (2 * config.num_experts + 1) * FULL)
+def _routing_bytes(config: TransformerConfig, tokens: int) -> int:
+    """Which experts were chosen and their gates; scores, probabilities and normalisation, for losses and telemetry."""
+    return tokens * (config.top_k * (INDEX + FULL) + (2 * config.num_experts + 1) * FULL)
 
 
-def _ends_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> float:
+def _ends_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> int:
     """Before the first block and after the last: conditions, what is embedded, the last norm, linear experts, error."""
     sizes, d, low = measure_sizes(config, grid), config.width, keeping.low
     tokens, cells = keeping.num_samples * sizes.tokens, keeping.num_samples * sizes.cells
-    conditions = len(CONDITIONS) + NUM_GIVEN - 1
-    told = keeping.num_samples * (conditions + 4 * d) * low
+    told = keeping.num_samples * (NUM_CONDITIONS + 4 * d) * low
     norm = tokens * (d * (2 * FULL + low) + FULL)
     fields = NUM_GIVEN * config.latent_channels + config.medium_channels
     around = keeping.num_samples * fields * math.prod(size + 2 for size in grid) * FULL
     kernels = 27 * fields * config.latent_channels * sizes.kernels * FULL  # in units of their gain
     linear = around + kernels + cells * sizes.kernels * FULL
     error = cells * config.latent_channels * FULL
-    matrices = (low < FULL) * low * d * (sizes.seen + sizes.said + conditions + d)
+    matrices = (low < FULL) * low * d * (sizes.said + d)
     return told + tokens * sizes.seen * low + norm + linear + error + matrices
 
 

@@ -45,9 +45,7 @@ def arrange(workload: Workload, num_ranks: int) -> Arrangement:
     """As the config says; where ranks do not divide the batch, the largest share of it."""
     engine = workload.engine
     share = -(-engine.batch_size // num_ranks)
-    return Arrangement(
-        engine.zero_stage, engine.expert_parallel, share, engine.accumulation, workload.model.recompute
-    )
+    return Arrangement(engine.zero_stage, engine.expert_parallel, share, engine.accumulation, workload.model.recompute)
 
 
 def apply_arrangement(workload: Workload, arrangement: Arrangement, num_ranks: int) -> Workload:

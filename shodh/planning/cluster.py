@@ -1,7 +1,18 @@
 """The machines a training may run on, as far as they decide what it costs."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
+
+POSITIVE = (
+    "memory_gigabytes",
+    "peak_teraflops",
+    "full_teraflops",
+    "utilisation",
+    "memory_bandwidth",
+    "node_bandwidth",
+    "network_bandwidth",
+    "disk_bandwidth",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +34,19 @@ class ClusterConfig:
     price_per_gpu_hour: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            lowest = 1 if field.type in (int, "int") else 0
-            if isinstance(value, (int, float)) and field.name != "price_per_gpu_hour" and not value >= lowest:
-                raise ValueError(f"{field.name}={value}: must be at least {lowest}. Raise it.")
-            if isinstance(value, float) and field.name not in ("price_per_gpu_hour", "launch_microseconds") and not value:
-                raise ValueError(f"{field.name}={value}: must be positive. Raise it.")
+        for name in ("num_nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. Raise it.")
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive. Raise it.")
         if self.utilisation > 1:
-            raise ValueError(f"utilisation={self.utilisation}: is a share of the peak. Choose one below 1.")
-        if self.price_per_gpu_hour < 0:
-            raise ValueError(f"price_per_gpu_hour={self.price_per_gpu_hour}: must not be negative. Use 0.")
+            raise ValueError(f"utilisation={self.utilisation}: is a share of the peak. Choose one of at most 1.")
+        if self.launch_microseconds < 0 or self.price_per_gpu_hour < 0:
+            raise ValueError(
+                f"launch_microseconds={self.launch_microseconds}, price_per_gpu_hour={self.price_per_gpu_hour}: "
+                "must not be negative. Use 0."
+            )
 
     @property
     def num_ranks(self) -> int:

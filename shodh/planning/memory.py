@@ -16,7 +16,7 @@ from shodh.planning.cluster import ClusterConfig
 from shodh.training.optimizers import ADAMW_MOMENTS, MUON_MOMENTS, OptimizerName, is_hidden_matrix
 
 # Numbers in the buffer that ZeRO 1 and 2 collect gradients in before they reduce them: DeepSpeed's own choice.
-BUCKET = 500_000_000
+BUCKET = 5e8
 
 
 class Memory(NamedTuple):
@@ -39,15 +39,14 @@ def forecast_memory(workload: Workload, cluster: ClusterConfig) -> Memory:
     engine, num_ranks = workload.engine, cluster.num_ranks
     named = name_parameters(workload.model)
     count = count_by_kind(named)
-    local = count.dense + count.linear + count.routed / engine.expert_parallel
-    whole = count.dense + count.linear + count.routed
+    local, whole = count.dense + count.linear + count.routed / engine.expert_parallel, sum(count)
     moments = count_moments(named, engine.optimizer, engine.expert_parallel)
     if engine.zero_stage:
         moments = moments - (len(ADAMW_MOMENTS) * (local - whole / num_ranks))
     kept = FULL * (moments + (whole / num_ranks if engine.zero_stage else 0))
     gradients = FULL * (whole / num_ranks if engine.zero_stage == 2 else local)
     keeping = keep_of(workload, cluster, most_predicted(workload))
-    activations = saved_bytes(workload.model, workload.grid, keeping)
+    activations = float(saved_bytes(workload.model, workload.grid, keeping))
     if workload.model.recompute:
         activations += block_bytes(workload.model, workload.grid, keeping)
     buffers = _gradient_buffers(workload, cluster, local) + _token_buffers(workload, cluster)
@@ -67,8 +66,7 @@ def count_moments(named: Sequence[tuple[str, nn.Parameter]], optimizer: Optimize
 def _gradient_buffers(workload: Workload, cluster: ClusterConfig, local: float) -> float:
     """ZeRO fills a bucket for each precision that gradients travel in; else they are joined to be reduced.
 
-    A bucket is taken whole on CUDA; of memory that the CPU gives out only what is written counts. ZeRO 1 also joins the
-    gradients of its own share before it steps.
+    A bucket is taken whole on CUDA; of memory that a CPU's process asks for only what is written counts.
     """
     if workload.engine.zero_stage == 0:
         return FULL * min(local, BUCKET) if cluster.num_ranks > 1 else 0.0

@@ -9,7 +9,8 @@ from shodh.model.cost import FULL, measure_sizes, name_parameters
 from shodh.planning.arrangement import Arrangement, Workload, arrange, keep_of
 from shodh.planning.cluster import ClusterConfig
 from shodh.planning.memory import Memory, count_moments, forecast_memory
-from shodh.planning.step_time import GIGA, TERA, StepTime, Traffic, count_traffic, forecast_step, step_operations
+from shodh.planning.step_time import GIGA, TERA, StepTime, forecast_step, step_operations
+from shodh.planning.traffic import Traffic, count_traffic
 from shodh.units import format_bytes
 
 USABLE = 0.9  # of a GPU's memory; the driver, libraries and gaps between tensors take the rest
@@ -98,7 +99,8 @@ def list_warnings(workload: Workload, cluster: ClusterConfig, plan: Plan) -> Ite
         )
     waiting = plan.checkpoint_seconds / (plan.checkpoint_seconds + workload.checkpoint_interval * plan.step.total)
     if waiting > MOST_WAITING:
-        yield f"checkpoint_interval={workload.checkpoint_interval}: checkpoints take {waiting:.0%} of the time. Raise it."
+        interval = workload.checkpoint_interval
+        yield f"checkpoint_interval={interval}: checkpoints take {waiting:.0%} of the time. Raise it."
 
 
 def rows_per_expert(workload: Workload, cluster: ClusterConfig) -> float:

@@ -13,7 +13,7 @@ from shodh.units import format_bytes
 REMEDIES = {
     "parameters": "Lower model.width, model.depth or model.num_experts",
     "gradients": "Lower model.width, model.depth or model.num_experts",
-    "optimizer": "Use more GPUs with engine.optimizer=adamw, which ZeRO shares out, or a smaller model",
+    "optimizer": "Lower model.width, model.depth or model.num_experts",
     "activations": "Raise model.patch, or lower model.width, model.depth or objective.unroll",
     "buffers": "Use a smaller model, or engine.zero_stage=0, which collects no gradients",
 }
@@ -62,8 +62,8 @@ def _describe_lack(smallest: Plan, cluster: ClusterConfig) -> str:
     part = max(smallest.memory._fields, key=lambda name: getattr(smallest.memory, name))
     needed, usable = smallest.memory.total, usable_bytes(cluster)
     return (
-        f"cluster.memory_gigabytes={cluster.memory_gigabytes:g}: no arrangement fits; the smallest (ZeRO {stage}, experts "
-        f"over {group} ranks, {micro_batch} samples at once{', recomputed' if recompute else ''}) takes "
+        f"cluster.memory_gigabytes={cluster.memory_gigabytes:g}: no arrangement fits; the smallest (ZeRO {stage}, "
+        f"experts over {group} ranks, {micro_batch} samples at once{', recomputed' if recompute else ''}) takes "
         f"{format_bytes(int(needed))} a rank, {format_bytes(int(needed - usable))} more than can be used, "
         f"{format_bytes(int(getattr(smallest.memory, part)))} of it for {part}. {REMEDIES[part]}, or take larger GPUs."
     )

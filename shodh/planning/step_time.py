@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step, and what travels in it.
+"""Seconds of an optimizer step.
 
 Products take their operations over the peak times its utilisation. What lies between them moves memory: each number
 that is kept for the backward pass is written and read, then read again and its gradient written and read; each weight
@@ -6,28 +6,31 @@ is read twice and its gradient written, under autocast after a cast. A step of A
 writes three; Muon's five rounds on an a x b matrix, a <= b, are 5 (4 a^2 b + 2 a^3) operations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
-from shodh.model.cost import FULL, ParameterCount, count_by_kind, count_operations, measure_sizes, name_parameters, saved_bytes
-from shodh.planning.arrangement import Workload, bytes_in_products, keep_of, range_of_stages
+from shodh.model.cost import (
+    FULL,
+    ParameterCount,
+    count_by_kind,
+    count_operations,
+    name_parameters,
+    saved_bytes,
+)
+from shodh.model.transformer import TransformerConfig
+from shodh.planning.arrangement import Workload, bytes_in_products, keep_of
 from shodh.planning.cluster import ClusterConfig
+from shodh.planning.traffic import count_exchanges, count_passes, count_traffic, exchange_bytes
+from shodh.training.objectives import ForecastConfig
 from shodh.training.optimizers import is_hidden_matrix
 
 GIGA, TERA = 1e9, 1e12
 ROUNDS = 5  # of Muon's iteration
 # That a forward and a backward pass start, views apart: in each block and outside of all; counted with one expert.
 OPERATIONS_PER_BLOCK, OPERATIONS = 304, 184
-
-
-class Traffic(NamedTuple):
-    """Bytes that a rank sends in an optimizer step."""
-
-    reduction: float  # of gradients, and of what ZeRO gathers after its step
-    all_to_all: float  # of tokens to their experts and back
 
 
 class StepTime(NamedTuple):
@@ -50,58 +53,18 @@ class StepTime(NamedTuple):
         return (self.all_to_all - self.hidden) / self.total
 
 
-def count_passes(workload: Workload) -> tuple[float, float]:
-    """Forecasts with and without gradient in each micro-step, averaged over the training."""
-    objective, num_steps = workload.objective, workload.schedule.num_steps
-    starts = [*range_of_stages(workload), num_steps]
-    with_gradient = without = 0.0
-    for start, end in zip(starts, starts[1:], strict=False):
-        with_gradient += (end - start) * objective.num_predicted(start)
-        without += (end - start) * objective.mean_lead(start)
-    return with_gradient / num_steps, without / num_steps
-
-
-def count_traffic(workload: Workload, cluster: ClusterConfig) -> Traffic:
-    """What each rank sends; a ring all-reduce of b bytes over R ranks sends 2 (1 - 1/R) b.
-
-    Under ZeRO DeepSpeed reduces gradients to all ranks as well, then gathers the parameters that each has stepped,
-    (1 - 1/R) of their bytes; ZeRO 2 reduces in every micro-step.
-    """
-    engine, count = workload.engine, count_by_kind(name_parameters(workload.model))
-    low = bytes_in_products(engine, cluster) if engine.zero_stage else FULL  # ZeRO sends what autocast multiplies low
-    rounds = engine.accumulation if engine.zero_stage == 2 else 1
-    replicas = cluster.num_ranks // engine.expert_parallel
-    reduction = 0.0
-    for numbers, size, ranks in (
-        (count.dense, low, cluster.num_ranks),
-        (count.linear, FULL, cluster.num_ranks),
-        (count.routed / engine.expert_parallel, FULL, replicas),
-    ):
-        gathered = FULL if engine.zero_stage else 0
-        reduction += (1 - 1 / ranks) * numbers * (2 * size * rounds + gathered)
-    return Traffic(reduction, engine.accumulation * _exchanges(workload) * exchange_bytes(workload, cluster))
-
-
-def exchange_bytes(workload: Workload, cluster: ClusterConfig) -> float:
-    """What a rank sends when the tokens of one layer go to their experts, or back: (1 - 1/EP) of k copies of them."""
-    keeping = keep_of(workload, cluster, 1)
-    tokens = keeping.num_samples * measure_sizes(workload.model, workload.grid).tokens
-    share = 1 - 1 / workload.engine.expert_parallel
-    return share * tokens * workload.model.top_k * workload.model.width * keeping.low
-
-
 def forecast_step(workload: Workload, cluster: ClusterConfig) -> StepTime:
     """Of an arranged workload, on the mean over its steps."""
     named = name_parameters(workload.model)
     traffic = count_traffic(workload, cluster)
+    compute = _seconds_of_compute(workload, cluster, count_by_kind(named))
     all_to_all = _seconds_of_exchange(workload, cluster)
-    hidden = min(all_to_all, _seconds_of_shared(workload, cluster))
     return StepTime(
-        _seconds_of_compute(workload, cluster, count_by_kind(named)),
+        compute,
         _seconds_of_optimizer(workload, cluster, named),
         traffic.reduction / (_reduction_bandwidth(cluster) * GIGA),
         all_to_all,
-        hidden,
+        min(all_to_all, compute * _share_of_shared(workload)),
     )
 
 
@@ -109,6 +72,19 @@ def step_operations(workload: Workload, cluster: ClusterConfig) -> float:
     """Operations of a step's products on each rank, without what recomputation repeats."""
     samples = keep_of(workload, cluster, 1).num_samples * workload.engine.accumulation
     return samples * count_operations(workload.model, workload.grid).train(*count_passes(workload))
+
+
+def count_drawn(
+    model: TransformerConfig, objective: ForecastConfig, grid: Sequence[int], num_samples: int
+) -> Callable[[int], float]:
+    """Operations of every step's products over all ranks, from what the step draws; what is repeated is not counted."""
+    operations = count_operations(model, grid)
+
+    def of_step(step: int) -> float:
+        passes = objective.draw_passes(step)
+        return num_samples * operations.train(float(passes.num_predicted), float(passes.lead))
+
+    return of_step
 
 
 def _seconds_of_compute(workload: Workload, cluster: ClusterConfig, count: ParameterCount) -> float:
@@ -166,30 +142,23 @@ def _seconds_of_optimizer(
     )
 
 
-def _exchanges(workload: Workload) -> float:
-    """Of every micro-step: two a layer and forward pass, two backward, two more where blocks are recomputed."""
-    predicted, led = count_passes(workload)
-    return workload.model.depth * (2 * (predicted + led) + (4 if workload.model.recompute else 2) * predicted)
-
-
 def _seconds_of_exchange(workload: Workload, cluster: ClusterConfig) -> float:
     """What goes to other nodes and what stays within one travel side by side; a group is of successive ranks."""
     peers = workload.engine.expert_parallel - 1
     if peers == 0:
         return 0.0
     near = min(workload.engine.expert_parallel, cluster.gpus_per_node) - 1
-    sent = workload.engine.accumulation * _exchanges(workload) * exchange_bytes(workload, cluster) / GIGA
+    sent = workload.engine.accumulation * count_exchanges(workload) * exchange_bytes(workload, cluster) / GIGA
     within, beyond = near / peers / cluster.node_bandwidth, (1 - near / peers) / cluster.network_bandwidth
     return sent * max(within, beyond)
 
 
-def _seconds_of_shared(workload: Workload, cluster: ClusterConfig) -> float:
-    """During which tokens may travel: the shared experts' products, forward and backward."""
-    predicted, led = count_passes(workload)
-    passes = 3 * predicted + led + (predicted if workload.model.recompute else 0)
-    samples = keep_of(workload, cluster, 1).num_samples * workload.engine.accumulation
-    operations = samples * passes * count_operations(workload.model, workload.grid).shared
-    return operations / (cluster.peak_teraflops * cluster.utilisation * TERA)
+def _share_of_shared(workload: Workload) -> float:
+    """Of computing, what shared experts take, during which tokens may travel: their share of the products."""
+    operations, (predicted, led) = count_operations(workload.model, workload.grid), count_passes(workload)
+    again = predicted if workload.model.recompute else 0
+    shared = (3 * predicted + led + again) * operations.shared
+    return shared / (operations.train(predicted, led) + again * operations.blocks)
 
 
 def _reduction_bandwidth(cluster: ClusterConfig) -> float:

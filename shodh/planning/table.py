@@ -1,6 +1,7 @@
 """Plans side by side, as people read them."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from shodh.planning.cluster import ClusterConfig
 from shodh.planning.plan import Plan, usable_bytes
@@ -18,6 +19,13 @@ def describe_plans(plans: Mapping[str, Plan], cluster: ClusterConfig) -> str:
         values = "".join(f"{column[label]:>{COLUMN_WIDTH}}" for column in columns.values())
         lines.append(f"{label:{LABEL_WIDTH}}{values}")
     return "\n".join(lines)
+
+
+def name_values(plan: Plan) -> dict[str, Any]:
+    """All of a plan by name, for JSON."""
+    parts = {name: value._asdict() if isinstance(value, tuple) else value for name, value in plan._asdict().items()}
+    totals = {"memory_total": plan.memory.total, "step_total": plan.step.total}
+    return parts | totals | {"all_to_all_share": plan.step.all_to_all_share}
 
 
 def _describe(plan: Plan, cluster: ClusterConfig) -> Iterator[tuple[str, str]]:

@@ -82,7 +82,7 @@ class ForecastConfig:
         return [0, *(num for start, num in self.lead if start <= step)][-1]
 
     def mean_lead(self, step: int) -> float:
-        """How many go before them on the mean: the smaller of two draws from 0 to the longest, m: m (2m + 1) / 6(m+1)."""
+        """How many go before them on the mean: of the smaller of two draws from 0 to m, m (2 m + 1) / 6 (m + 1)."""
         longest = self.longest_lead(step)
         return longest * (2 * longest + 1) / (6 * (longest + 1))
 

@@ -13,7 +13,7 @@ from shodh.config import ConfigError
 from shodh.training.alarm_log import Alarm, AlarmLog
 from shodh.training.checkpoint import SaveCheckpoint, find_newest, read_checkpoint, restore_state
 from shodh.training.loop import EarlyHook, Hook, LoopConfig, Objective, train
-from shodh.training.tracking import Track, TrackingConfig
+from shodh.training.tracking import StepSize, Track, TrackingConfig
 
 
 def train_resumably(
@@ -29,7 +29,7 @@ def train_resumably(
     record: dict[str, Any],
     checkpoint_interval: int,
     tracking: TrackingConfig,
-    tokens_per_step: int,
+    step_size: StepSize,
 ) -> None:
     """Train to ``loop.schedule.num_steps`` from the newest intact checkpoint in ``folder``, or from the start.
 
@@ -48,7 +48,7 @@ def train_resumably(
         _say(leader, f"{phase}: all {num_steps} steps are done ({checkpoints}/step-{first_step})")
         return
     _say(leader, f"{phase}: steps {first_step + 1} to {num_steps} -> {checkpoints}")
-    track = Track(folder, phase, tracking, first_step, num_steps, tokens_per_step)
+    track = Track(folder, phase, tracking, first_step, num_steps, step_size)
     size = torch.distributed.get_world_size()
     run = {"identity": identity, "record": record, "git_sha": read_git_sha(), "world_size": size}
     save = SaveCheckpoint(engine, checkpoints, checkpoint_interval, num_steps, run)
