@@ -23,7 +23,9 @@ def describe_plans(plans: Mapping[str, Plan], cluster: ClusterConfig) -> str:
 
 def name_values(plan: Plan) -> dict[str, Any]:
     """All of a plan by name, for JSON."""
-    parts = {name: value._asdict() if isinstance(value, tuple) else value for name, value in plan._asdict().items()}
+    parts = plan._asdict()
+    for name in ("arrangement", "memory", "traffic", "step"):
+        parts[name] = parts[name]._asdict()
     totals = {"memory_total": plan.memory.total, "step_total": plan.step.total}
     return parts | totals | {"all_to_all_share": plan.step.all_to_all_share}
 
