@@ -60,6 +60,7 @@ class Case(NamedTuple):
     batch_size: int = 4
     zero_stage: Literal[0, 1, 2] = 0
     optimizer: OptimizerName = "adamw"
+    expert_parallel: int = 1
     num_predicted: int = 1
 
 
@@ -84,6 +85,8 @@ AS_TWO = (
     Case("two ranks, ZeRO 1", {"width": 96, "hidden": 192}, batch_size=8, zero_stage=1),
     Case("two ranks, ZeRO 2", {"num_experts": 8, "depth": 4}, batch_size=8, zero_stage=2),
     Case("two ranks, Muon", {"top_k": 2}, batch_size=4, optimizer="muon"),
+    Case("experts over two ranks", {"num_experts": 8}, batch_size=8, expert_parallel=2),
+    Case("experts over two, ZeRO 1", {"num_experts": 8}, batch_size=8, zero_stage=1, expert_parallel=2),
 )
 
 
@@ -131,7 +134,12 @@ def workload_of(case: Case) -> Workload:
     return Workload(
         model=parse_config(TransformerConfig, SMALL | case.model, source=case.name),
         objective=ForecastConfig(unroll=((0, case.num_predicted),)),
-        engine=EngineConfig(batch_size=case.batch_size, zero_stage=case.zero_stage, optimizer=case.optimizer),
+        engine=EngineConfig(
+            batch_size=case.batch_size,
+            zero_stage=case.zero_stage,
+            optimizer=case.optimizer,
+            expert_parallel=case.expert_parallel,
+        ),
         schedule=ScheduleConfig(num_steps=4, learning_rate=1e-4, num_warmup_steps=0),
         checkpoint_interval=4,
         grid=(case.side, case.side, case.side),

@@ -129,6 +129,7 @@ class Keeping(NamedTuple):
     low: int = FULL  # bytes of a number in the products: 4, or 2 under bfloat16 autocast
     expert_parallel: int = 1
     num_predicted: int = 1  # forecasts in a row
+    grouped: bool = False  # experts run by one kernel, as in bfloat16 on CUDA; else chunk by chunk
 
 
 def saved_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping) -> int:
@@ -155,7 +156,7 @@ def block_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping
 
     Per token: both norms, their input and its normalised values in FP32, what the weights and the modulation make of it
     in low precision; queries and keys before and after rotation; values, attention's output, before and after heads
-    are joined; four hidden widths of the shared expert.
+    are joined; two hidden widths of the shared expert, four where autograd keeps them.
     """
     n, d, low = measure_sizes(config, grid).tokens, config.width, keeping.low
     tokens = keeping.num_samples * n
@@ -165,16 +166,23 @@ def block_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping
     attention = queries_and_keys + tokens * (7 * d * low + config.num_heads * FULL)
     rotary = 4 * n * (d // config.num_heads // 2) * FULL
     router = tokens * (cast * d + 2 * config.semantic_width + 2) * FULL + 3 * keeping.num_samples * d * FULL
-    shared = 4 * tokens * config.hidden * low
-    routed = _routed_bytes(config, tokens, low) + _routing_bytes(config, tokens)
+    shared = tokens * (4 * config.hidden * low if keeping.grouped else 2 * config.hidden * low + INDEX)
+    routed = _routed_bytes(config, tokens, keeping) + _routing_bytes(config, tokens)
     hidden = 3 * d * (config.hidden + config.num_experts // keeping.expert_parallel * _routed_width(config))
     matrices = cast * low * (8 * d**2 + hidden)
     return norms + attention + rotary + router + shared + routed + matrices
 
 
-def _routed_bytes(config: TransformerConfig, tokens: int, low: int) -> int:
-    """Of k copies of every token: input, output and weighted output (3 d), what lies between (4 g), gate, order."""
-    return tokens * config.top_k * ((3 * config.width + 4 * _routed_width(config) + 1) * low + 2 * INDEX)
+def _routed_bytes(config: TransformerConfig, tokens: int, keeping: Keeping) -> int:
+    """Of k copies of every token: gate, order, and rows of the width and of hidden widths, as the experts are run.
+
+    Chunk by chunk two hidden widths are kept and no row; by one kernel four, and input, output and weighted output.
+    Rows that travel are kept as they arrived there, as they came back, and weighted.
+    """
+    travels = keeping.expert_parallel > 1
+    rows, hidden = (3 + travels, 4) if keeping.grouped else (3 * travels, 2)
+    numbers = rows * config.width + hidden * _routed_width(config)
+    return tokens * config.top_k * (numbers * keeping.low + FULL + 2 * INDEX)
 
 
 def _routing_bytes(config: TransformerConfig, tokens: int) -> int:

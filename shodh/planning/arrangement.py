@@ -81,7 +81,8 @@ def keep_of(workload: Workload, cluster: ClusterConfig, num_predicted: int) -> K
     """How a rank of an arranged workload runs its forward pass."""
     share = -(-workload.engine.batch_size // cluster.num_ranks)
     low = bytes_in_products(workload.engine, cluster)
-    return Keeping(share, low, workload.engine.expert_parallel, num_predicted)
+    grouped = low < FULL and cluster.device == "cuda"
+    return Keeping(share, low, workload.engine.expert_parallel, num_predicted, grouped)
 
 
 def most_predicted(workload: Workload) -> int:

@@ -50,7 +50,7 @@ def test_what_every_cluster_at_hand_recommends_is_then_recommended_as_it_is(clus
         ("cluster.gpus_per_node=0", "gpus_per_node=0: must be at least 1"),
         ("cluster.memory=8", "Did you mean cluster.memory_gigabytes?"),
         ("latent_shape=[5,4,4]", "patch=2: does not divide the latent grid (5, 4, 4)"),
-        ("engine.expert_parallel=3", "engine.expert_parallel=3: does not divide both 2 ranks"),
+        ("engine.expert_parallel=4", "engine.expert_parallel=4: does not divide both 2 ranks"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(argument, message):

@@ -55,6 +55,11 @@ def make_training(config, side, num_samples, num_predicted, low):
     return model, batch, run
 
 
+def count_added_product(total, left, right, out_shape=None, **choices):
+    """Of shapes; PyTorch's counter leaves out products that are added in place."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_parameters_of_each_kind_are_those_of_the_built_model(config):
     model = LatentTransformer(config)
@@ -69,7 +74,7 @@ def test_parameters_of_each_kind_are_those_of_the_built_model(config):
 def test_operations_are_those_that_pytorch_counts(single_process, config, num_predicted):
     side, num_samples = 4, 2
     _, _, run = make_training(config, side, num_samples, num_predicted, low=4)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: count_added_product})
     with counter, sdpa_kernel(SDPBackend.MATH):  # it does not see the CPU's fused attention
         loss, _ = run()
         forward = counter.get_total_flops()
@@ -112,10 +117,10 @@ def test_what_is_kept_grows_with_samples_and_shrinks_where_blocks_are_recomputed
     grid, one, two, four = (8, 8, 8), Keeping(1), Keeping(2), Keeping(4)
     sizes = [saved_bytes(SMALL, grid, keeping) for keeping in (one, two, four)]
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]))
-    recomputed = saved_bytes(replace(SMALL, recompute=True), grid, four)
-    assert recomputed + block_bytes(SMALL, grid, four) < sizes[2]
-    low = saved_bytes(SMALL, grid, four._replace(low=2, expert_parallel=5))
-    assert low < saved_bytes(SMALL, grid, four._replace(low=2)) < sizes[2]
+    deep = replace(SMALL, depth=8)
+    recomputed = saved_bytes(replace(deep, recompute=True), grid, four)
+    assert recomputed + block_bytes(deep, grid, four) < saved_bytes(deep, grid, four) / 2
+    assert saved_bytes(SMALL, grid, four._replace(low=2)) < sizes[2]
 
 
 def test_a_patch_that_does_not_divide_the_grid_is_refused():
