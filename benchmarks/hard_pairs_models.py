@@ -25,7 +25,7 @@ from shodh.training.loop import LoopConfig  # noqa: E402
 from shodh.training.objectives import ForecastConfig, ForecastObjective  # noqa: E402
 from shodh.training.run import train_resumably  # noqa: E402
 from shodh.training.schedule import ScheduleConfig  # noqa: E402
-from shodh.training.tracking import TrackingConfig  # noqa: E402
+from shodh.training.tracking import StepSize, TrackingConfig  # noqa: E402
 from tokenizer.export import Tokenizer  # noqa: E402
 
 PAIRS = {"open_channel": ("slow", "fast"), "porous_media": ("blobs", "spheres")}  # folders of stores, by domain
@@ -127,7 +127,7 @@ def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, step
         record={"config": plain},
         checkpoint_interval=100,
         tracking=TrackingConfig(wandb="disabled", interval=10),
-        tokens_per_step=BATCH_SIZE * pair.latents[0].cells_per_state,
+        step_size=StepSize(BATCH_SIZE * pair.latents[0].cells_per_state),
     )
     return model.eval()
 

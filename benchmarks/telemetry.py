@@ -40,7 +40,7 @@ from shodh.training.engine import build_engine, distributed  # noqa: E402
 from shodh.training.loop import Hook, LoopConfig, StepRecord, train  # noqa: E402
 from shodh.training.objectives import ForecastObjective  # noqa: E402
 from shodh.training.schedule import ScheduleConfig  # noqa: E402
-from shodh.training.tracking import Track, TrackingConfig  # noqa: E402
+from shodh.training.tracking import StepSize, Track, TrackingConfig  # noqa: E402
 
 MOST = 1.01
 NOISE = 0.005  # half of what telemetry may cost
@@ -93,7 +93,7 @@ def compare_steps(num_rounds: int) -> list[Figure]:
         routing = MeasureRouting(config.domains, interval=1)
         alarms = RaiseAlarms(routing, engine, AlarmLog(Path(folder), "pretrain"), config.model.top_k, settle=0)
         num_steps = len(TURNS) * (num_rounds + 2)
-        track = Track(Path(folder), "pretrain", TrackingConfig(wandb="disabled"), 0, num_steps, 1)
+        track = Track(Path(folder), "pretrain", TrackingConfig(wandb="disabled"), 0, num_steps, StepSize(1))
         turns = TakeTurns([routing, alarms], track)
         schedule = ScheduleConfig(num_steps=num_steps, learning_rate=1e-4, num_warmup_steps=0)
 

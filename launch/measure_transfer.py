@@ -144,6 +144,7 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
     from shodh.training.linear_start import SolveLinearExperts
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
+    from shodh.training.tracking import StepSize
     from shodh.training.upcycling import TrainAsOne
 
     latents = [parts.latents[name] for name in training.domains]
@@ -175,7 +176,7 @@ def train_job(training: Any, job: Any, parts: Parts, group: Any) -> Any:
         record={"config": to_plain(training)},
         checkpoint_interval=training.checkpoint_interval,
         tracking=training.tracking,
-        tokens_per_step=training.engine.batch_size * training.engine.accumulation * tokens_per_sample,
+        step_size=StepSize(training.engine.batch_size * training.engine.accumulation * tokens_per_sample),
     )
     return model
 

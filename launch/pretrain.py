@@ -16,23 +16,27 @@ def main(arguments: list[str]) -> None:
 
     from data.mixture import LatentMixture, stream
     from shodh.config import load_config, to_plain
+    from shodh.device import find_peak
     from shodh.evaluation.alarm_hook import RaiseAlarms
     from shodh.evaluation.hooks import MeasureForecast, MeasureRollout, take_probe
     from shodh.evaluation.telemetry import FLIP_INTERVAL, MeasureFlips, MeasureRouting
+    from shodh.model.cost import measure_sizes
     from shodh.model.router import find_routers
     from shodh.model.transformer import LatentTransformer, find_stacks
+    from shodh.planning.step_time import count_drawn
     from shodh.training.alarm_log import AlarmLog
     from shodh.training.balance import AdjustBias
     from shodh.training.engine import build_engine, create_expert_group, distributed
     from shodh.training.linear_start import SolveLinearExperts
     from shodh.training.objectives import ForecastObjective
     from shodh.training.run import train_resumably
+    from shodh.training.tracking import StepSize
     from shodh.training.upcycling import TrainAsOne
 
     config = load_config(Pretraining, path, overrides)
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
     require_channels(config.model, tokenizer)
-    cells = latents[0].cells_per_state
+    grid = latents[0].header.latent_shape[3:]
     with distributed(config.engine.threads_per_rank) as group:
         mixture = LatentMixture(latents, mixture_config(config))
         torch.manual_seed(config.loop.seed)
@@ -48,6 +52,12 @@ def main(arguments: list[str]) -> None:
         def batches_from(step: int) -> Any:
             return stream(mixture, step, group.device, group.rank, group.size)
 
+        num_samples, peak = config.engine.batch_size * config.engine.accumulation, find_peak(group.device)
+        size = StepSize(
+            tokens=num_samples * measure_sizes(config.model, grid).tokens,
+            operations=count_drawn(config.model, config.objective, grid, num_samples),
+            peak=None if peak is None else peak * group.size,
+        )
         log, settle = AlarmLog(config.run, "pretrain"), config.loop.schedule.num_warmup_steps
         train_resumably(
             engine,
@@ -71,7 +81,7 @@ def main(arguments: list[str]) -> None:
             record={"config": to_plain(config)},
             checkpoint_interval=config.checkpoint_interval,
             tracking=config.tracking,
-            tokens_per_step=config.engine.batch_size * config.engine.accumulation * cells // config.model.patch**3,
+            step_size=size,
         )
 
 

@@ -8,6 +8,8 @@ from data.mixture import MixtureConfig
 from shodh.config import to_plain
 from shodh.evaluation.certificate import CertificateConfig
 from shodh.model.transformer import TransformerConfig
+from shodh.planning.arrangement import Workload
+from shodh.planning.cluster import ClusterConfig
 from shodh.training.engine import EngineConfig
 from shodh.training.loop import LoopConfig
 from shodh.training.objectives import ForecastConfig
@@ -166,12 +168,21 @@ class TransferMeasurement:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunPlanning:
+    """launch/plan_run.py, beside the config of the training that is planned"""
+
+    cluster: ClusterConfig
+    latent_shape: tuple[int, int, int] = (16, 16, 16)  # of 128^3 cells
+
+
 CONFIGS = {
     "train_tokenizer": TokenizerTraining,
     "cache_latents": LatentCaching,
     "pretrain": Pretraining,
     "evaluate_model": Evaluation,
     "measure_transfer": TransferMeasurement,
+    "plan_run": RunPlanning,
 }
 
 
@@ -215,6 +226,18 @@ def identity_of(config: "TokenizerTraining | Pretraining") -> dict[str, Any]:
     if isinstance(config, TokenizerTraining):
         identity["autoencoder"] = describe_network(config.autoencoder)
     return identity
+
+
+def workload_of(config: Pretraining, planning: RunPlanning) -> Workload:
+    """What is planned of a pretraining."""
+    return Workload(
+        model=config.model,
+        objective=config.objective,
+        engine=config.engine,
+        schedule=config.loop.schedule,
+        checkpoint_interval=config.checkpoint_interval,
+        grid=planning.latent_shape,
+    )
 
 
 def mixture_config(config: "TokenizerTraining | Pretraining") -> MixtureConfig:

@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> None:
     from shodh.evaluation.certificate import CertificateConfig
     from shodh.training.engine import build_engine, distributed
     from shodh.training.run import train_resumably
+    from shodh.training.tracking import StepSize
     from tokenizer.autoencoder import Autoencoder, measure_latents
     from tokenizer.objective import ReconstructionObjective
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
             record={"config": to_plain(config)},
             checkpoint_interval=config.checkpoint_interval,
             tracking=config.tracking,
-            tokens_per_step=config.engine.batch_size * config.engine.accumulation * cells // 8**3,
+            step_size=StepSize(config.engine.batch_size * config.engine.accumulation * cells // 8**3),
         )
         if group.rank == 0:
             measure_latents(engine.module, mixture.first(12 * len(stores)), group.device)

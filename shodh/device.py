@@ -1,8 +1,24 @@
 """Where tensors are computed, and how precisely."""
 
 import os
+import re
 
 import torch
+
+# Floating-point operations a second of dense bfloat16 products, without sparsity, by the first words of the name that
+# CUDA gives a device: NVIDIA's datasheet of each, which may state twice as many, with sparsity.
+PEAKS = {
+    ("NVIDIA", "H100", "PCIe"): 756e12,
+    ("NVIDIA", "H100", "NVL"): 835e12,
+    ("NVIDIA", "H100"): 989e12,  # SXM
+    ("NVIDIA", "H200", "NVL"): 835e12,
+    ("NVIDIA", "H200"): 989e12,  # SXM
+    ("NVIDIA", "GH200"): 989e12,
+    ("NVIDIA", "A100"): 312e12,  # PCIe and SXM
+    ("NVIDIA", "L40S"): 362e12,
+    ("NVIDIA", "L4"): 121e12,
+    ("NVIDIA", "A10"): 125e12,
+}
 
 
 def find_device(local_rank: int = 0) -> torch.device:
@@ -18,3 +34,16 @@ def find_device(local_rank: int = 0) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def find_peak(device: torch.device) -> float | None:
+    """Operations a second that the device's bfloat16 products can reach; None where it is not known, and on a CPU."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """The same by the device's name; of a share of a device (MIG) it is not known."""
+    words = tuple(re.split(r"[\s-]+", name))
+    if "MIG" in words:
+        return None
+    return next((peak for first, peak in PEAKS.items() if words[: len(first)] == first), None)

@@ -14,6 +14,14 @@ from shodh.fields import NUM_GIVEN, LatentBatch, Routing
 from shodh.training.balance import GlobalLoad, balance_loss, information_loss, measure_load, sample_probability, z_loss
 
 
+class Passes(NamedTuple):
+    """The forecasts of an optimizer step."""
+
+    num_predicted: int  # in a row, with gradients
+    lead: int  # before those, without
+    place: float  # of the first among the states of a batch, from 0 to 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForecastConfig:
     """Weights beside the forecast error, whose weight is 1, and how many steps are predicted in a row."""
@@ -73,6 +81,18 @@ class ForecastConfig:
         """How many steps at most go before those."""
         return [0, *(num for start, num in self.lead if start <= step)][-1]
 
+    def mean_lead(self, step: int) -> float:
+        """How many go before them on the mean: of the smaller of two draws from 0 to m, m (2 m + 1) / 6 (m + 1)."""
+        longest = self.longest_lead(step)
+        return longest * (2 * longest + 1) / (6 * (longest + 1))
+
+    def draw_passes(self, step: int) -> Passes:
+        """What an optimizer step draws: the same on all ranks, and after a resume."""
+        draw = random.Random(step)
+        place, longest = draw.random(), self.longest_lead(step)
+        lead = min(draw.randint(0, longest), draw.randint(0, longest))
+        return Passes(self.num_predicted(step), lead, place)
+
     @property
     def num_states(self) -> int:
         """How many successive states a batch must hold."""
@@ -97,10 +117,7 @@ class ForecastObjective:
         self.load: GlobalLoad | None = None  # of the present step
 
     def begin_step(self, step: int) -> None:
-        draw = random.Random(step)  # the same on all ranks, and after a resume
-        self.num_predicted = self.config.num_predicted(step)
-        self.place, longest = draw.random(), self.config.longest_lead(step)
-        self.lead = min(draw.randint(0, longest), draw.randint(0, longest))
+        self.num_predicted, self.lead, self.place = self.config.draw_passes(step)
         self.load = None
 
     def __call__(self, engine: Any, batch: LatentBatch) -> tuple[dict[str, Tensor], RoutedBatch]:

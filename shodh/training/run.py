@@ -20,7 +20,7 @@ from shodh.training.checkpoint import (
 )
 from shodh.training.loop import EarlyHook, Hook, LoopConfig, Objective, train
 from shodh.training.stop_signal import StopOnSignal
-from shodh.training.tracking import Track, TrackingConfig
+from shodh.training.tracking import StepSize, Track, TrackingConfig
 
 
 def train_resumably(
@@ -36,7 +36,7 @@ def train_resumably(
     record: dict[str, Any],
     checkpoint_interval: int,
     tracking: TrackingConfig,
-    tokens_per_step: int,
+    step_size: StepSize,
 ) -> None:
     """Train to ``loop.schedule.num_steps`` from the newest intact checkpoint in ``folder``, or from the start.
 
@@ -61,7 +61,7 @@ def train_resumably(
             return
         _say(leader, f"{phase}: steps {first_step + 1} to {num_steps} -> {checkpoints}")
         stop.before_first(first_step)
-        track = Track(folder, phase, tracking, first_step, num_steps, tokens_per_step)
+        track = Track(folder, phase, tracking, first_step, num_steps, step_size)
         try:
             train(engine, objective, batches_from, loop, [*hooks, track, save, stop], first_step)
         except FloatingPointError as error:

@@ -4,9 +4,10 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -30,6 +31,14 @@ class TrackingConfig:
             raise ValueError(f"interval={self.interval}: must be at least 1. Raise it.")
 
 
+class StepSize(NamedTuple):
+    """What an optimizer step handles, over all ranks."""
+
+    tokens: int
+    operations: Callable[[int], float] | None = None  # of the model's products in a step, counted from 0
+    peak: float | None = None  # operations a second that all devices together can reach
+
+
 class Track:
     """Hook that appends scalars to ``metrics.jsonl``, feeds W&B and moves the progress bar; works on rank 0 only.
 
@@ -38,9 +47,9 @@ class Track:
     """
 
     def __init__(
-        self, folder: Path, phase: str, config: TrackingConfig, first_step: int, num_steps: int, tokens_per_step: int
+        self, folder: Path, phase: str, config: TrackingConfig, first_step: int, num_steps: int, size: StepSize
     ) -> None:
-        self.phase, self.config, self.num_steps, self.tokens_per_step = phase, config, num_steps, tokens_per_step
+        self.phase, self.config, self.num_steps, self.size = phase, config, num_steps, size
         self.active = torch.distributed.get_rank() == 0
         self.step = first_step  # the last one that was completed
         if not self.active:
@@ -56,7 +65,7 @@ class Track:
         self.step = record.step
         if not self.active:
             return
-        scalars = record.scalars | {"tokens_per_second": self.tokens_per_step / record.seconds}
+        scalars = record.scalars | measure_speed(self.size, record)
         if record.step % self.config.interval == 0 or record.step == self.num_steps:
             line = {"step": record.step, "phase": self.phase, "time": time.time(), **scalars}
             self.file.write(json.dumps(line) + "\n")
@@ -65,6 +74,10 @@ class Track:
                 self.run, {f"{self.phase}/{key}": value for key, value in scalars.items()}, record.step
             )
         shown = {"loss": f"{scalars['loss']:.4f}", "tok/s": f"{scalars['tokens_per_second']:.0f}"}
+        if "teraflops_per_second" in scalars:
+            shown["TFLOP/s"] = f"{scalars['teraflops_per_second']:.3g}"
+        if "mfu" in scalars:
+            shown["MFU"] = f"{scalars['mfu']:.1%}"
         loads = [value for key, value in scalars.items() if OVERALL_LOAD.fullmatch(key)]
         if loads:
             shown["load max/ideal"] = f"{max(loads):.1f}"
@@ -83,6 +96,20 @@ class Track:
                     self.run.finish()
                 except Exception as error:  # W&B must never end a finished run
                     _warn_wandb(error)
+
+
+def measure_speed(size: StepSize, record: StepRecord) -> dict[str, float]:
+    """Tokens a second, and where the model's operations are known 10^12 of them, and their share of the peak (MFU).
+
+    Chowdhery et al., PaLM (2022), appendix B: what recomputation repeats does not count.
+    """
+    speed = {"tokens_per_second": size.tokens / record.seconds}
+    if size.operations is not None:
+        per_second = size.operations(record.step - 1) / record.seconds
+        speed["teraflops_per_second"] = per_second / 1e12
+        if size.peak is not None:
+            speed["mfu"] = per_second / size.peak
+    return speed
 
 
 def _start_wandb(folder: Path, phase: str, config: TrackingConfig) -> Any:

@@ -9,7 +9,7 @@ from settings import TokenizerTraining, identity_of
 from shodh.config import ConfigError, load_config
 from shodh.training.checkpoint import write_checkpoint
 from shodh.training.run import train_resumably
-from shodh.training.tracking import TrackingConfig
+from shodh.training.tracking import StepSize, TrackingConfig
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "train_tokenizer" / "debug.yaml"
 
@@ -59,7 +59,7 @@ def test_a_run_is_not_continued_with_another_optimizer_or_precision(tmp_path, si
             record={},
             checkpoint_interval=1,
             tracking=TrackingConfig(wandb="disabled"),
-            tokens_per_step=1,
+            step_size=StepSize(1),
         )
     assert "\n" not in str(caught.value) and kept.is_dir()
 

@@ -17,6 +17,9 @@ ALLOWED = {  # package -> what of our own it may import
     "shodh/physics": {"shodh.fields", "shodh.physics"},
     "shodh/model": {"shodh.config", "shodh.fields", "shodh.physics", "shodh.model"},
     "shodh/training": {"shodh.config", "shodh.device", "shodh.fields", "shodh.training"},
+    "shodh/planning": {
+        "shodh.config", "shodh.fields", "shodh.units", "shodh.model", "shodh.training", "shodh.planning",
+    },
     "shodh/evaluation": {
         "shodh.config", "shodh.fields", "shodh.physics", "shodh.model", "shodh.training", "shodh.evaluation",
     },

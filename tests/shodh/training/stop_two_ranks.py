@@ -17,7 +17,7 @@ from shodh.training.loop import LoopConfig
 from shodh.training.run import train_resumably
 from shodh.training.schedule import ScheduleConfig
 from shodh.training.stop_signal import EXIT_CODE, StopOnSignal, Stopped
-from shodh.training.tracking import TrackingConfig
+from shodh.training.tracking import StepSize, TrackingConfig
 
 NUM_STEPS, INTERVAL = 8, 5
 Told = dict[tuple[int, int], signal.Signals]  # (rank, step from 1) -> what arrives between its two micro-steps
@@ -86,7 +86,7 @@ def run(group, folder, told: Told, interval=INTERVAL):
             record={"config": {"seed": 0}},
             checkpoint_interval=interval,
             tracking=TrackingConfig(wandb="disabled"),
-            tokens_per_step=1,
+            step_size=StepSize(1),
         )
     except Stopped as stopped:
         code = stopped.code
