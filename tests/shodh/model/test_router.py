@@ -2,7 +2,7 @@
 
 import torch
 
-from shodh.model.router import SemanticRouter
+from shodh.model.router import SemanticRouter, measure_tokens
 
 
 def make_router(top_k: int = 1) -> SemanticRouter:
@@ -33,3 +33,10 @@ def test_scores_are_fp32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = make_router()(torch.randn(2, 4, 16).bfloat16())
     assert routing.probability.dtype == routing.score.dtype == torch.float32
+
+
+def test_mean_and_variance_of_a_samples_tokens_and_their_gradient():
+    tokens = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    mean, variance = measure_tokens(tokens)
+    torch.testing.assert_close((variance, mean), torch.var_mean(tokens, 1, keepdim=True, correction=0))
+    assert torch.autograd.gradcheck(measure_tokens, (tokens,))
