@@ -47,7 +47,7 @@ def join_parts(parts: Mapping[str, TensorPart]) -> TensorPart:
 
 
 def write_tensors(path: Path, part: TensorPart) -> None:
-    """Write the file beside and rename it. Raises ConfigError where that fails; a file that stood there is untouched."""
+    """Write the file beside and rename it. Raises ConfigError where that fails; what stood there stays untouched."""
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

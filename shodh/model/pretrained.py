@@ -1,4 +1,4 @@
-"""The model of an exported file: weights, sizes and what it was trained from, beside the tokenizer it speaks through."""
+"""The model of an exported file: weights, sizes and what it was trained from, beside the tokenizer of its latents."""
 
 import json
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def from_pretrained(path: str | Path) -> Pretrained:
     state, metadata = read_part(path, "model", KEYS, "Write one with launch/export_model.py.")
     if not metadata:
         raise ConfigError(
-            f"model={path}: holds no model (a tokenizer's file has none). Give a file that launch/export_model.py wrote."
+            f"model={path}: holds no model (a tokenizer's file has none). Give one that launch/export_model.py wrote."
         )
     text = metadata.get("model", "")
     if metadata.get("model_digest") != digest_tensors(state, text):

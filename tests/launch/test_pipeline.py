@@ -1,5 +1,6 @@
 """The whole path at debug size: every launch script runs, survives SIGKILL, and refuses bad input in one line."""
 
+import doctest
 import json
 import os
 import re
@@ -11,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cpu_environment, deepspeed_command
 
+from data.latents import open_latents
+from shodh.model.pretrained import from_pretrained
 from tokenizer.export import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +138,26 @@ def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
         assert name in done.stdout
     report = (pretrained / "run" / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 9 and "http://" not in report
+
+
+def test_example_of_from_pretrained_runs_on_the_file_that_export_model_wrote(pretrained, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "stores").mkdir()
+    (tmp_path / "stores" / "quickstart").symlink_to(pretrained / "stores")
+    file = tmp_path / "runs" / "quickstart" / "shodh.safetensors"
+    call = command("evaluate_model.py", pretrained)
+    call = [call[0], "launch/export_model.py", call[2], str(file), *call[3:]]
+    done = subprocess.run(call, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "after step 40" in done.stdout, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder().find(from_pretrained, "from_pretrained")
+    assert len(example.examples) > 10 and example.examples[-1].want == "0.0\n"
+    said: list[str] = []
+    assert doctest.DocTestRunner().run(example, out=said.append, clear_globs=False).failed == 0, "".join(said)
+    cached, encoded = open_latents(pretrained / "run" / "latents" / "open_channel"), example.globs["latents"]
+    for t, latent in enumerate(encoded):
+        torch.testing.assert_close(latent, torch.from_numpy(cached.latent(example.globs["i"], t)))
+    assert not torch.equal(example.globs["forecast"].latent[0], encoded[-1])
 
 
 def test_exported_tokenizer_ships_its_certificate_and_is_certified_again_on_held_out_fields(prepared):
