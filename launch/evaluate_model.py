@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
     tokenizer, stores, latents = open_tokenized(config.stores, config.latents, file, config.domains)
     pretrained = load_model(config.exported or config.run, tokenizer, device)
     model = pretrained.model
+    config.run.mkdir(parents=True, exist_ok=True)  # an exported file may have come without its run
     baselines = fit_baselines(tokenizer, stores)
     held_out = [
         hold_out(
@@ -73,7 +74,7 @@ def write_certified(arguments: list[str]) -> None:
     else:
         config = load_config(Evaluation, path, overrides)
         torch.set_num_threads(config.threads)
-        file, folder, sizes = config.tokenizer, config.run, config.certificate
+        file, folder, sizes = config.exported or config.tokenizer, config.run, config.certificate
         stores = open_stores(config.stores, config.domains) if config.stores.is_dir() else []
     tokenizer = load_tokenizer(file)
     parse_statistics(tokenizer.domains, tokenizer.statistics)

@@ -34,7 +34,7 @@ def digest_tensors(tensors: Mapping[str, Tensor], description: str = "") -> str:
     sha = hashlib.sha256(description.encode())
     for name in sorted(tensors):
         sha.update(name.encode())
-        sha.update(tensors[name].numpy().reshape(-1))
+        sha.update(tensors[name].numpy().reshape(-1).data)
     return sha.hexdigest()
 
 

@@ -73,6 +73,17 @@ def pretrained(prepared) -> Path:
     return prepared
 
 
+@pytest.fixture(scope="module")
+def exported(pretrained) -> Path:
+    """The one file of the run; what reads it needs no other tokenizer and no checkpoint."""
+    file = pretrained / "exported" / "shodh.safetensors"
+    python, _, *config = command("evaluate_model.py", pretrained)
+    call = [python, "launch/export_model.py", config[0], str(file), *config[1:]]
+    done = subprocess.run(call, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "after step 40" in done.stdout, done.stderr[-3000:]
+    return file
+
+
 @pytest.mark.distributed
 def test_killed_pretraining_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_run(pretrained, tmp_path):
     whole = losses(pretrained / "run", "pretrain")
@@ -108,10 +119,11 @@ def test_second_call_says_that_all_is_done_and_trains_nothing(pretrained):
     assert (pretrained / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
-    done = launch("evaluate_model.py", pretrained)
+def test_evaluation_of_an_exported_file_writes_every_promised_figure_and_exact_zeros(exported, pretrained):
+    done = launch("evaluate_model.py", pretrained, f"exported={exported}", "tokenizer=/nowhere/t.safetensors")
     assert done.returncode == 0, done.stderr[-3000:]
     evaluation = json.loads((pretrained / "run" / "evaluation.json").read_text())
+    assert evaluation["run"]["step"] == 40 and set(evaluation["run"]["data_digests"]) == set(DOMAINS)
     assert set(evaluation["domains"]) == set(DOMAINS)
     for name, block in evaluation["domains"].items():
         conserved = block["curl" if name == "fwi" else "divergence"]
@@ -140,15 +152,12 @@ def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
     assert report.count("data:image/png;base64,") >= 9 and "http://" not in report
 
 
-def test_example_of_from_pretrained_runs_on_the_file_that_export_model_wrote(pretrained, tmp_path, monkeypatch):
-    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
-    (tmp_path / "stores").mkdir()
-    (tmp_path / "stores" / "quickstart").symlink_to(pretrained / "stores")
-    file = tmp_path / "runs" / "quickstart" / "shodh.safetensors"
-    call = command("evaluate_model.py", pretrained)
-    call = [call[0], "launch/export_model.py", call[2], str(file), *call[3:]]
-    done = subprocess.run(call, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and "after step 40" in done.stdout, done.stderr[-3000:]
+def test_example_of_from_pretrained_runs_on_the_file_that_export_model_wrote(
+    exported, pretrained, tmp_path, monkeypatch
+):
+    for name, place in (("runs/quickstart", exported.parent), ("stores/quickstart", pretrained / "stores")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(place)
     monkeypatch.chdir(tmp_path)
     (example,) = doctest.DocTestFinder().find(from_pretrained, "from_pretrained")
     assert len(example.examples) > 10 and example.examples[-1].want == "0.0\n"
