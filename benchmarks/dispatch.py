@@ -145,7 +145,7 @@ def pass_deepspeed(num_experts: int, skew: float = 0.0, capacity_factor: float =
     layer = MoE(WIDTH, network, num_experts=num_experts, ep_size=1, k=1, **options)
     layer.set_deepspeed_parallelism()
     tokens, prototypes, expert = draw_tokens(num_experts, skew)
-    gate = layer.deepspeed_moe.gate.wg
+    gate: nn.Linear = layer.deepspeed_moe.gate.wg  # pyright: ignore[reportAssignmentType]
     with torch.no_grad():
         gate.weight.copy_(prototypes @ torch.eye(SEMANTIC, WIDTH))
         assert torch.equal(gate(tokens.flatten(0, 1)).argmax(-1), expert), "tokens go where they were meant to"

@@ -63,7 +63,7 @@ def measure(folder: Path, seeds: Sequence[int], num_steps: int) -> list[Figure]:
     """All figures; each start of a launcher carries out whatever so many ranks can do by then."""
 
     def train_all(expert_parallel: int, zero_stage: int, **choices: Any) -> list[Task]:
-        way = {"expert_parallel": expert_parallel, "zero_stage": zero_stage} | choices
+        way: dict[str, Any] = {"expert_parallel": expert_parallel, "zero_stage": zero_stage} | choices
         return [Task(seed=seed, first=0, last=num_steps, **way) for seed in seeds]
 
     shared = {f"ZeRO {stage}": train_all(2, stage) for stage in (0, 1, 2)}

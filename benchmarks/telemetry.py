@@ -45,7 +45,7 @@ from shodh.training.tracking import StepSize, Track, TrackingConfig  # noqa: E40
 MOST = 1.01
 NOISE = 0.005  # half of what telemetry may cost
 TURNS = ("on", "off", "again")
-LATENT_SIDE = 4  # cells of a latent: 32 / 8
+LATENT_CELLS = 4, 4, 4  # of a latent: 32 / 8 along each axis
 
 
 class TakeTurns:
@@ -130,7 +130,7 @@ def compare(turns: TakeTurns, flips: float, num_rounds: int) -> list[Figure]:
 def make_batch(config: Pretraining) -> LatentBatch:
     """Random latents of the quickstart's shapes; what they hold costs nothing."""
     num_predicted = config.objective.num_states - NUM_GIVEN
-    return make_latents(config.model, config.engine.batch_size, num_predicted, (LATENT_SIDE,) * 3)
+    return make_latents(config.model, config.engine.batch_size, num_predicted, LATENT_CELLS)
 
 
 def time_flips(model: LatentTransformer, batch: LatentBatch, domains: Sequence[str]) -> float:

@@ -1,6 +1,7 @@
 """Evaluate a pretrained model on held-out trajectories: evaluation.json, slices.npz, report.html, and a printed table.
 
 python launch/evaluate_model.py configs/evaluate_model/quickstart.yaml [key=value ...]
+python launch/evaluate_model.py configs/evaluate_model/quickstart.yaml exported=runs/quickstart/shodh.safetensors
 
 Or certify what its tokenizer conserves (certificate.json, report.html, a printed table; exit code 1 if it does not),
 on held-out fields where the config's stores are there, and on random latents:
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> None:
         return write_certified(arguments[1:])
     path, overrides = split_arguments(arguments, "launch/evaluate_model.py CONFIG.yaml [key=value ...]")
     import torch
-    from parts import fit_baselines, fit_linear, hold_out, load_model, open_tokenized
+    from parts import describe_run, fit_baselines, fit_linear, hold_out, load_model, open_tokenized
     from settings import Evaluation
 
     from shodh.config import load_config
@@ -30,8 +31,11 @@ def main(arguments: list[str]) -> None:
     config = load_config(Evaluation, path, overrides)
     torch.set_num_threads(config.threads)
     device = find_device()
-    tokenizer, stores, latents = open_tokenized(config.stores, config.latents, config.tokenizer, config.domains)
-    model, description = load_model(config.run, tokenizer, device)
+    file = config.exported or config.tokenizer
+    tokenizer, stores, latents = open_tokenized(config.stores, config.latents, file, config.domains)
+    pretrained = load_model(config.exported or config.run, tokenizer, device)
+    model = pretrained.model
+    config.run.mkdir(parents=True, exist_ok=True)  # an exported file may have come without its run
     baselines = fit_baselines(tokenizer, stores)
     held_out = [
         hold_out(
@@ -42,7 +46,7 @@ def main(arguments: list[str]) -> None:
         )
         for store, cache in zip(stores, latents, strict=True)
     ]
-    evaluation = {"run": description, "certificate": tokenizer.certificate, **evaluate(model, held_out)}
+    evaluation = {"run": describe_run(pretrained), "certificate": tokenizer.certificate, **evaluate(model, held_out)}
     write_evaluation(config.run, evaluation, model, held_out)
     print(format_table(evaluation))
     print(_write_report(config.run))
@@ -69,7 +73,7 @@ def write_certified(arguments: list[str]) -> None:
     else:
         config = load_config(Evaluation, path, overrides)
         torch.set_num_threads(config.threads)
-        file, folder, sizes = config.tokenizer, config.run, config.certificate
+        file, folder, sizes = config.exported or config.tokenizer, config.run, config.certificate
         stores = open_stores(config.stores, config.domains) if config.stores.is_dir() else []
     tokenizer = load_tokenizer(file)
     parse_statistics(tokenizer.domains, tokenizer.statistics)

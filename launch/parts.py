@@ -21,6 +21,7 @@ from shodh.evaluation.held_out import HeldOutDomain
 from shodh.evaluation.linear_forecast import LinearForecast, fit_linear_forecast
 from shodh.evaluation.rollout import Predict, TrueTrajectory, join_successive
 from shodh.fields import FieldBatch, LatentBatch
+from shodh.model.pretrained import ModelDescription, Pretrained, from_pretrained
 from shodh.model.transformer import LatentTransformer, TransformerConfig, count_parameters
 from shodh.physics.masked_projection import has_solid
 from shodh.training.checkpoint import load_parameters, read_newest
@@ -236,24 +237,50 @@ def training_velocities(
         yield torch.from_numpy(store.snapshot(i, t)[0])[None] / scale
 
 
-def load_model(run: Path, tokenizer: Tokenizer, device: torch.device) -> tuple[LatentTransformer, dict[str, Any]]:
-    """The newest pretrained model of a run, ready to predict, and what ``evaluation.json`` says of the run."""
+def load_model(source: Path, tokenizer: Tokenizer, device: torch.device) -> Pretrained:
+    """The model of an exported file, or the newest of a run folder, ready to predict; ConfigError where it forecasts
+    latents of another tokenizer."""
+    model, description = from_pretrained(source) if source.is_file() else read_newest_model(source)
+    require_latents(description, tokenizer, source)
+    return Pretrained(model.to(device), description)
+
+
+def read_newest_model(run: Path) -> Pretrained:
+    """The newest intact checkpoint of a pretraining as a model; experts are whole there however ranks shared them."""
     state, saved = read_newest(run / "checkpoints" / "pretrain")
     identity = saved["identity"]
-    if identity["tokenizer"] != tokenizer.digest:
-        raise ConfigError(
-            f"run={run}: was trained on another tokenizer's latents. Use that tokenizer, or pretrain again."
-        )
-    config = parse_config(TransformerConfig, identity["model"], source=str(run))
-    model = LatentTransformer(config)
+    sizes = parse_config(TransformerConfig, identity["model"], source=str(run))
+    model = LatentTransformer(sizes)
     load_parameters(model, state)
+    description = ModelDescription(
+        sizes=sizes,
+        step=saved["step"],
+        git_sha=saved["git_sha"],
+        data_digests=identity["data"],
+        tokenizer_digest=identity["tokenizer"],
+        config=saved["record"]["config"],
+    )
+    return Pretrained(model.eval().requires_grad_(False), description)
+
+
+def require_latents(description: ModelDescription, tokenizer: Tokenizer, source: Path) -> None:
+    """ConfigError unless a model forecasts the latents that the tokenizer makes."""
+    if description.tokenizer_digest != tokenizer.digest:
+        raise ConfigError(
+            f"model={source}: was trained on another tokenizer's latents. Use that tokenizer, or pretrain again."
+        )
+
+
+def describe_run(pretrained: Pretrained) -> dict[str, Any]:
+    """What ``evaluation.json`` says of the run that a model is of."""
+    model, description = pretrained
     total, active = count_parameters(model)
-    return model.to(device).eval().requires_grad_(False), {
-        "config": saved["record"]["config"],
-        "git_sha": saved["git_sha"],
-        "step": saved["step"],
+    return {
+        "config": description.config,
+        "git_sha": description.git_sha,
+        "step": description.step,
         "parameters_total": total,
         "parameters_active": active,
-        "data_digests": identity["data"],
-        "tokenizer_hash": tokenizer.digest,
+        "data_digests": description.data_digests,
+        "tokenizer_hash": description.tokenizer_digest,
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.mixture import MixtureConfig
-from shodh.config import to_plain
+from shodh.config import load_config, parse_config, to_plain
 from shodh.evaluation.certificate import CertificateConfig
 from shodh.model.transformer import TransformerConfig
 from shodh.planning.arrangement import Workload
@@ -99,10 +99,19 @@ class Evaluation:
     threads: int = 2
     project: bool = False  # lead fields decoded in a medium with solid through its pores before they are judged
     certificate: CertificateConfig = CertificateConfig()
+    exported: Path | None = None  # of launch/export_model.py, in place of the tokenizer and the run's checkpoint
 
     def __post_init__(self) -> None:
         require_domains(self.domains)
         require_positive(self, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelExport:
+    """launch/export_model.py, for a run folder"""
+
+    run: Path
+    tokenizer: Path | None = None  # None: at the path that the training read it from
 
 
 Variant = Literal[
@@ -184,6 +193,15 @@ CONFIGS = {
     "measure_transfer": TransferMeasurement,
     "plan_run": RunPlanning,
 }
+
+
+def read_export(source: Path, overrides: list[str]) -> ModelExport:
+    """Which run and tokenizer a run folder means, or a config of launch/evaluate_model.py."""
+    if source.is_dir():
+        given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+        return parse_config(ModelExport, {"run": source} | given, source="the command line")
+    config = load_config(Evaluation, source, overrides)
+    return ModelExport(run=config.run, tokenizer=config.tokenizer)
 
 
 def require_domains(domains: tuple[str, ...]) -> None:

@@ -1,20 +1,17 @@
 """One safetensors file that is the whole tokenizer: weights, sizes, domains, statistics, what certifies that it
-conserves, and its own digest.
+conserves, and its own digest. A file that ``launch/export_model.py`` wrote holds the same beside a model.
 """
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from shodh.config import ConfigError, parse_config, to_plain
 from shodh.fields import DomainSpec
+from shodh.tensor_file import TensorPart, digest_tensors, read_part, state_on_host, write_tensors
 from tokenizer.autoencoder import Autoencoder, AutoencoderConfig, describe_network
+
+KEYS = ("tokenizer", "digest", "certificate", "certificate_digest")  # of the file's metadata
 
 
 class Tokenizer(NamedTuple):
@@ -39,49 +36,32 @@ def save_tokenizer(
     The certificate has a digest of its own, over it and the file's: certifying the same weights again, on another
     machine, leaves their latents valid. Raises ValueError for a certificate of other weights.
     """
-    state = _state(autoencoder)
-    if certificate is not None and certificate["weights"] != _digest(state, ""):
+    state = state_on_host(autoencoder)
+    if certificate is not None and certificate["weights"] != digest_tensors(state):
         raise ValueError("certificate: was made with other weights than are saved. Certify these.")
     description = json.dumps(
         {"autoencoder": describe_network(autoencoder.config), "domains": to_plain(domains), "statistics": statistics}
     )
-    digest = _digest(state, description)
+    digest = digest_tensors(state, description)
     metadata = {"tokenizer": description, "digest": digest}
     if certificate is not None:
         text = json.dumps(certificate)
-        metadata |= {"certificate": text, "certificate_digest": _digest({}, digest + text)}
-    temporary = path.with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, temporary, metadata=metadata)
-    os.replace(temporary, path)
+        metadata |= {"certificate": text, "certificate_digest": digest_tensors({}, digest + text)}
+    write_tensors(path, TensorPart(state, metadata))
     return digest
 
 
 def digest_weights(autoencoder: Autoencoder) -> str:
     """SHA-256 of all weights and latent statistics, which a certificate names."""
-    return _digest(_state(autoencoder), "")
+    return digest_tensors(state_on_host(autoencoder))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read what ``save_tokenizer`` wrote, in evaluation mode.
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read what ``save_tokenizer`` wrote, or the tokenizer of an exported model, in evaluation mode.
 
     Raises ConfigError, in one line, for a missing, truncated, altered or foreign file.
     """
-    if not path.is_file():
-        raise ConfigError(f"tokenizer={path}: no such file. Train one with launch/train_tokenizer.py.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ConfigError(f"tokenizer={path}: truncated or not safetensors ({error}). Export it again.") from None
-    if not {"tokenizer", "digest"} & metadata.keys():
-        raise ConfigError(
-            f"tokenizer={path}: is no Shodh tokenizer (nothing in it describes one). "
-            "Give a file that launch/train_tokenizer.py wrote."
-        )
-    if _is_altered(metadata, state):
-        raise ConfigError(f"tokenizer={path}: altered since it was written (digest differs). Export it again.")
+    state, metadata = read_tokenizer_part(Path(path))
     description = json.loads(metadata["tokenizer"])
     autoencoder = Autoencoder(parse_config(AutoencoderConfig, description["autoencoder"], source=str(path)))
     autoencoder.load_state_dict(state)
@@ -94,20 +74,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
     )
 
 
-def _is_altered(metadata: dict[str, str], state: dict[str, Tensor]) -> bool:
+def read_tokenizer_part(path: Path) -> TensorPart:
+    """Tensors and metadata of a file's tokenizer, verified, as they stand there. Raises as ``load_tokenizer``."""
+    part = read_part(path, "tokenizer", KEYS, "Train one with launch/train_tokenizer.py.")
+    if not {"tokenizer", "digest"} & part.metadata.keys():
+        raise ConfigError(
+            f"tokenizer={path}: is no Shodh tokenizer (nothing in it describes one). "
+            "Give a file that launch/train_tokenizer.py wrote."
+        )
+    if _is_altered(part):
+        raise ConfigError(f"tokenizer={path}: altered since it was written (digest differs). Export it again.")
+    return part
+
+
+def _is_altered(part: TensorPart) -> bool:
+    state, metadata = part
     digest, certificate = metadata.get("digest", ""), metadata.get("certificate")
-    certified = None if certificate is None else _digest({}, digest + certificate)
-    described = "tokenizer" in metadata and digest == _digest(state, metadata["tokenizer"])
+    certified = None if certificate is None else digest_tensors({}, digest + certificate)
+    described = "tokenizer" in metadata and digest == digest_tensors(state, metadata["tokenizer"])
     return not described or metadata.get("certificate_digest") != certified
-
-
-def _state(autoencoder: Autoencoder) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in autoencoder.state_dict().items()}
-
-
-def _digest(state: dict[str, Tensor], description: str) -> str:
-    sha = hashlib.sha256(description.encode())
-    for name in sorted(state):
-        sha.update(name.encode())
-        sha.update(state[name].numpy().tobytes())
-    return sha.hexdigest()

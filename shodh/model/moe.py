@@ -36,20 +36,21 @@ class MixtureOfExperts(nn.Module):
         return mixed.reshape(tokens.shape), routing
 
     def _mix_across_ranks(self, flat: Float[Tensor, "n d"], dispatch: Dispatch) -> Float[Tensor, "n d"]:
-        assert self.routed.group is not None and dispatch.weight is not None, "experts are shared out and gated"
-        there, back, arrived = plan_exchange(dispatch.end, self.routed.group)
+        source, gate, end = dispatch
+        assert self.routed.group is not None and source is not None and gate is not None
+        there, back, arrived = plan_exchange(end, self.routed.group)
         low = flat
         if torch.is_autocast_enabled(flat.device.type):
             low = flat.to(torch.get_autocast_dtype(flat.device.type))
         first, last = flat.tensor_split(2)
-        travelling = there.start(low.index_select(0, dispatch.source))
+        travelling = there.start(low.index_select(0, source))
         shared = [self.shared(first)]
         travelling = back.start(self.routed(there.end(travelling), arrived))
         shared.append(self.shared(last))
         output = back.end(travelling)
-        weighted = output * dispatch.weight[:, None].to(output.dtype)
+        weighted = output * gate[:, None].to(output.dtype)
         mixed = torch.cat(shared)
-        return mixed.index_add(0, dispatch.source, weighted.to(mixed.dtype))
+        return mixed.index_add(0, source, weighted.to(mixed.dtype))
 
 
 def sort_by_expert(routing: Routing) -> Dispatch:

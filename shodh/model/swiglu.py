@@ -103,7 +103,7 @@ class _NetworksByChunk(torch.autograd.Function):
             torch.mul(torch.ops.aten.silu.out(gate, out=gated), up, out=hidden)
             slope = _take(slopes, source, chunk)
             torch.mm(slope, down[network].T, out=of_hidden)
-            if weight is not None:
+            if weight is not None and of_weight is not None:
                 of_weight[chunk] = torch.linalg.vecdot(hidden, of_hidden)
                 of_hidden.mul_(weight[chunk, None])
                 slope = slope * weight[chunk, None].to(slope.dtype)

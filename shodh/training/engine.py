@@ -260,17 +260,17 @@ def _clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> None:
 
     Without ZeRO, DeepSpeed 0.19.8 takes the mean over ranks of the norms of what each holds, which is another number.
     """
-    graded = [parameter for parameter in parameters if parameter.grad is not None]
-    squares = {None: torch.zeros((), device=graded[0].device)}
-    for parameter in graded:
-        group = expert_group_of(parameter)
-        squares[group] = squares.get(group, 0) + parameter.grad.float().square().sum()
+    gradients = [(expert_group_of(p), p.grad) for p in parameters if p.grad is not None]
+    squares: dict[dist.ProcessGroup | None, Tensor] = {}
+    for group, gradient in gradients:
+        square = gradient.float().square().sum()
+        squares[group] = squares[group] + square if group in squares else square
     for group, square in squares.items():
         if group is not None:
             dist.all_reduce(square, group=group)
     norm = torch.stack(list(squares.values())).sum().sqrt()
-    for parameter in graded:
-        parameter.grad.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+    for _, gradient in gradients:
+        gradient.mul_((most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def plain_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """The whole path at debug size: every launch script runs, survives SIGKILL, and refuses bad input in one line."""
 
+import doctest
 import json
 import os
 import re
@@ -11,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cpu_environment, deepspeed_command
 
+from data.latents import open_latents
+from shodh.model.pretrained import from_pretrained
 from tokenizer.export import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +74,17 @@ def pretrained(prepared) -> Path:
     return prepared
 
 
+@pytest.fixture(scope="module")
+def exported(pretrained) -> Path:
+    """The one file of the run; what reads it needs no other tokenizer and no checkpoint."""
+    file = pretrained / "exported" / "shodh.safetensors"
+    python, _, *config = command("evaluate_model.py", pretrained)
+    call = [python, "launch/export_model.py", config[0], str(file), *config[1:]]
+    done = subprocess.run(call, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "after step 40" in done.stdout, done.stderr[-3000:]
+    return file
+
+
 @pytest.mark.distributed
 def test_killed_pretraining_resumes_and_its_losses_are_bitwise_those_of_an_uninterrupted_run(pretrained, tmp_path):
     whole = losses(pretrained / "run", "pretrain")
@@ -105,10 +120,11 @@ def test_second_call_says_that_all_is_done_and_trains_nothing(pretrained):
     assert (pretrained / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
-    done = launch("evaluate_model.py", pretrained)
+def test_evaluation_of_an_exported_file_writes_every_promised_figure_and_exact_zeros(exported, pretrained):
+    done = launch("evaluate_model.py", pretrained, f"exported={exported}", "tokenizer=/nowhere/t.safetensors")
     assert done.returncode == 0, done.stderr[-3000:]
     evaluation = json.loads((pretrained / "run" / "evaluation.json").read_text())
+    assert evaluation["run"]["step"] == 40 and set(evaluation["run"]["data_digests"]) == set(DOMAINS)
     assert set(evaluation["domains"]) == set(DOMAINS)
     for name, block in evaluation["domains"].items():
         conserved = block["curl" if name == "fwi" else "divergence"]
@@ -135,6 +151,23 @@ def test_evaluation_writes_every_promised_figure_and_exact_zeros(pretrained):
         assert name in done.stdout
     report = (pretrained / "run" / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 9 and "http://" not in report
+
+
+def test_example_of_from_pretrained_runs_on_the_file_that_export_model_wrote(
+    exported, pretrained, tmp_path, monkeypatch
+):
+    for name, place in (("runs/quickstart", exported.parent), ("stores/quickstart", pretrained / "stores")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder().find(from_pretrained, "from_pretrained")
+    assert len(example.examples) > 10 and example.examples[-1].want == "0.0\n"
+    said: list[str] = []
+    assert doctest.DocTestRunner().run(example, out=said.append, clear_globs=False).failed == 0, "".join(said)
+    cached, encoded = open_latents(pretrained / "run" / "latents" / "open_channel"), example.globs["latents"]
+    for t, latent in enumerate(encoded):
+        torch.testing.assert_close(latent, torch.from_numpy(cached.latent(example.globs["i"], t)))
+    assert not torch.equal(example.globs["forecast"].latent[0], encoded[-1])
 
 
 def test_exported_tokenizer_ships_its_certificate_and_is_certified_again_on_held_out_fields(prepared):
