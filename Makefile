@@ -9,7 +9,8 @@
 # make forecast   one model whose linear experts are refined for rollouts, against persistence and a linear model
 # make pairs      does the router tell apart two Reynolds numbers, two rocks, or places within one field
 # make ladder     three tokenizers of different rates against the best linear codes: an hour of CPU each
-# make benchmarks reading and a training step with it against what is fastest elsewhere; what the tokenizer's parts cost
+# make benchmarks reading, training step, dispatch and engine against what is fastest elsewhere; what the tokenizer's parts
+#                 cost; experts shared out against experts in one place; forecasts of memory against what is measured
 # Every step of `make pretrain` continues where it stopped or says that it is done.
 
 PYTHON ?= python3
@@ -98,6 +99,10 @@ benchmarks: setup
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/telemetry.py
+	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/expert_parallel.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/plan.py
 
 lint: setup
 	$(BIN)/ruff check --output-format concise .
