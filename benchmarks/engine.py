@@ -44,13 +44,15 @@ SHORTEST = 0.1  # s, of a step
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    num_rounds = 5 if parser.parse_args(arguments).quick else 25
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and nothing compiled")
+    quick = parser.parse_args(arguments).quick
+    num_rounds = 5 if quick else 25
     config = load_config(Pretraining, ROOT / "configs/pretrain/quickstart.yaml", ["objective.unroll=[]"])
     with distributed(threads_per_rank=1):
         torch.manual_seed(0)
         batches = [make_batch(config) for _ in range(8)]
-        return report("engine", [*compare_steps(config, batches, num_rounds), *compare_saves(config, num_rounds)])
+        figures = [*compare_steps(config, batches, num_rounds), *compare_saves(config, num_rounds)]
+        return report("engine", figures if quick else [*figures, *compare_compiled(config, batches, num_rounds)])
 
 
 def compare_steps(config: Pretraining, batches: Sequence[LatentBatch], num_rounds: int) -> list[Figure]:
@@ -71,10 +73,29 @@ def compare_steps(config: Pretraining, batches: Sequence[LatentBatch], num_round
     ]
 
 
-def step_bare(config: Pretraining, batches: Sequence[LatentBatch], losses: list[float]) -> Callable[[], None]:
+def compare_compiled(config: Pretraining, batches: Sequence[LatentBatch], num_rounds: int) -> list[Figure]:
+    """A bare step with attention, norms and routers compiled over one without; needs a C++ compiler."""
+    started = time.process_time()
+    works = {"compiled": step_bare(config, batches, [], compiled=True), "eager": step_bare(config, batches, [])}
+    works["compiled"]()
+    seconds_to_compile = time.process_time() - started
+    seconds = time_interleaved(works, num_rounds, time.process_time)
+    return [
+        stated("compiling attention, norms and routers", seconds_to_compile, "s"),
+        stated("compiled step over eager", seconds["compiled"] / seconds["eager"]),
+    ]
+
+
+def step_bare(
+    config: Pretraining, batches: Sequence[LatentBatch], losses: list[float], compiled: bool = False
+) -> Callable[[], None]:
     """An optimizer step as one writes it without a framework."""
     torch.manual_seed(0)
     model, engine = LatentTransformer(config.model), config.engine
+    if compiled:
+        for block in model.blocks:
+            for part in (block.attention_norm, block.attention, block.mixture_norm, block.mixture.router):
+                part.compile()
     optimizer = build_optimizer(model, "adamw", engine.weight_decay, engine.betas)
     objective, turn = ForecastObjective(config.objective), cycle(batches)
     for group in optimizer.param_groups:
