@@ -30,7 +30,7 @@ from hard_pairs_plot import ExpertMaps, plot_maps
 from parts import load_model
 
 from shodh.model.transformer import LatentTransformer
-from shodh.training.engine import ProcessGroup, distributed
+from shodh.training.engine import Membership, distributed
 from tokenizer.export import Tokenizer
 
 Measures = dict[str, list[float]]  # by name, a value per layer
@@ -77,7 +77,7 @@ def measure_trials(
     pair: Pair,
     tokenizer: Tokenizer,
     options: argparse.Namespace,
-    group: ProcessGroup,
+    group: Membership,
     results: dict[str, dict[str, Measures]],
     maps: list[ExpertMaps],
 ) -> None:

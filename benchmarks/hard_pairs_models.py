@@ -19,7 +19,7 @@ from data.mixture import LatentMixture, MixtureConfig, stream  # noqa: E402
 from data.reader import Store  # noqa: E402
 from shodh.config import to_plain  # noqa: E402
 from shodh.model.transformer import LatentTransformer, TransformerConfig  # noqa: E402
-from shodh.training.engine import EngineConfig, ProcessGroup, build_engine  # noqa: E402
+from shodh.training.engine import EngineConfig, Membership, build_engine  # noqa: E402
 from shodh.training.linear_start import SolveLinearExperts  # noqa: E402
 from shodh.training.loop import LoopConfig  # noqa: E402
 from shodh.training.objectives import ForecastConfig, ForecastObjective  # noqa: E402
@@ -81,7 +81,7 @@ def open_pair(domain: str, stores: Path, latents: Path, tokenizer_path: Path) ->
     return tokenizer, Pair(domain=domain, members=members, stores=tuple(opened), latents=tuple(caches))
 
 
-def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, steps: int, group: ProcessGroup):
+def train_trial(trial: Trial, pair: Pair, tokenizer: Tokenizer, runs: Path, steps: int, group: Membership):
     """The trained model, ready to predict; one that was trained to the end before is read, one half trained continued.
 
     Raises ConfigError where the folder holds another run.

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         model = LatentTransformer(config.model, experts).to(group.device)
         as_one = TrainAsOne(find_stacks(model), config.objective.as_one)
         engine = build_engine(model, config.engine, group.device)
-        measures = group.rank == 0 or experts is not None  # a rank with some experts alone can forecast nothing
+        measures = group.rank < config.engine.expert_parallel  # rank 0, and those that hold the rest of its experts
         measured = zip(stores, latents, strict=True) if measures else ()
         probes = [hold_out(tokenizer, store, cache, group.device, num_trajectories=1) for store, cache in measured]
         routing = MeasureRouting(config.domains, config.tracking.interval)

@@ -46,13 +46,13 @@ class Journey:
 
 
 class _Start(torch.autograd.Function):
-    """Departs forward, arrives backward. Between it and ``_End`` the rows stand in for those that travel."""
+    """Departs forward, arrives backward. Between it and ``_End`` zeros stand in for the rows that travel."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
         ctx.journey = journey
         journey.depart(rows, journey.sent, journey.received)
-        return rows.view_as(rows)
+        return rows.new_zeros(1).expand(rows.shape)
 
     @staticmethod
     @once_differentiable
@@ -95,13 +95,3 @@ def plan_exchange(end: Int[Tensor, "e"], group: ProcessGroup) -> Exchange:
     dispatch = Dispatch(order, None, received.sum(0).cumsum(0))
     outward, inward = sent.sum(1).tolist(), received.sum(1).tolist()
     return Exchange(Journey(outward, inward, group), Journey(inward, outward, group), dispatch)
-
-
-def num_exchanged(expert: Int[Tensor, "n k"], num_experts: int, group: ProcessGroup) -> int:
-    """Rows that leave this rank for others, of ``n`` tokens with these experts; as many come back.
-
-    Forward and backward each send all of them there and, as many, back: for each layer 4 journeys of
-    ``num_exchanged`` rows of the layer's width.
-    """
-    own = num_experts // group.size()
-    return int((expert // own != group.rank()).sum())

@@ -21,7 +21,7 @@ class SharedExpert(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        if tokens.is_cuda:
+        if tokens.is_cuda and torch.is_autocast_enabled("cuda"):
             gate, up = self.gate_up(tokens).chunk(2, -1)
             return self.down(functional.silu(gate) * up)
         dispatch = Dispatch(None, None, torch.tensor([len(tokens)]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Rows that the CPU takes through a network at once: what lies between its products then stays in the cache.
+# Rows that a CPU takes through a network at once: what lies between its products then stays in the cache.
 CHUNK = 512
 
 
@@ -39,9 +39,13 @@ def apply_networks(
     if torch.is_autocast_enabled(rows.device.type):
         low = torch.get_autocast_dtype(rows.device.type)
         rows, gate_up, down = rows.to(low), gate_up.to(low), down.to(low)
-    if has_grouped_kernel(rows):
+    num_rows = len(rows) if dispatch.source is None else len(dispatch.source)
+    if has_grouped_kernel(rows) and num_rows > 0:
         return _apply_grouped(rows, dispatch, gate_up, down)
-    return _NetworksByChunk.apply(rows, dispatch.weight, gate_up, down, dispatch.source, dispatch.end.tolist())
+    chunks = list(_cut(dispatch.end.tolist(), num_rows if rows.is_cuda else CHUNK))
+    return _NetworksByChunk.apply(
+        rows, dispatch.weight, gate_up, down, dispatch.source, chunks, torch.is_grad_enabled()
+    )
 
 
 def has_grouped_kernel(rows: Tensor) -> bool:
@@ -59,6 +63,14 @@ def _apply_grouped(rows: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tens
     return output if dispatch.source is None else torch.zeros_like(rows).index_add(0, dispatch.source, output)
 
 
+class _Chunk(NamedTuple):
+    """Some successive rows of the sorted ones, all for one network."""
+
+    network: int
+    rows: slice
+    is_first: bool  # of the network's
+
+
 class _NetworksByChunk(torch.autograd.Function):
     """``apply_networks`` with its gradient, a chunk of rows at a time.
 
@@ -74,19 +86,21 @@ class _NetworksByChunk(torch.autograd.Function):
         gate_up: Tensor,
         down: Tensor,
         source: Tensor | None,
-        end: Sequence[int],
+        chunks: Sequence[_Chunk],
+        keep: bool,
     ) -> Tensor:
         output = torch.zeros_like(rows)
-        hidden = rows.new_empty(CHUNK, down.shape[1])
+        hidden = rows.new_empty(_longest(chunks), down.shape[1])
         products = []  # not one array for all: memory of that size is mapped anew each time, page by page
-        for network, chunk, _ in _chunks(end):
+        for network, chunk, _ in chunks:
             product = _take(rows, source, chunk) @ gate_up[network]
             gate, up = product.chunk(2, -1)
             made = torch.ops.aten.silu.out(gate, out=hidden[: len(product)]).mul_(up) @ down[network]
             _add(output, source, chunk, made if weight is None else made.mul_(weight[chunk, None]))
-            products.append(product)
+            if keep:
+                products.append(product)
         ctx.save_for_backward(rows, weight, gate_up, down, source, *products)
-        ctx.end = end
+        ctx.chunks = chunks
         return output
 
     @staticmethod
@@ -95,9 +109,13 @@ class _NetworksByChunk(torch.autograd.Function):
         rows, weight, gate_up, down, source, *products = ctx.saved_tensors
         of_rows = torch.zeros_like(rows)
         of_weight = None if weight is None else torch.zeros_like(weight)
-        of_gate_up, of_down = _gradient_like(gate_up, ctx.end), _gradient_like(down, ctx.end)
-        buffers, of_products = rows.new_empty(3, CHUNK, down.shape[1]), rows.new_empty(CHUNK, gate_up.shape[2])
-        for (network, chunk, is_first), product in zip(_chunks(ctx.end), products, strict=True):
+        of_gate_up, of_down = (
+            _gradient_like(matrices, ctx.chunks) if needed else None
+            for matrices, needed in zip((gate_up, down), ctx.needs_input_grad[2:4], strict=True)
+        )
+        longest = _longest(ctx.chunks)
+        buffers, of_products = rows.new_empty(3, longest, down.shape[1]), rows.new_empty(longest, gate_up.shape[2])
+        for (network, chunk, is_first), product in zip(ctx.chunks, products, strict=True):
             gate, up = product.chunk(2, -1)
             gated, hidden, of_hidden = buffers[:, : len(product)]
             torch.mul(torch.ops.aten.silu.out(gate, out=gated), up, out=hidden)
@@ -107,21 +125,27 @@ class _NetworksByChunk(torch.autograd.Function):
                 of_weight[chunk] = torch.linalg.vecdot(hidden, of_hidden)
                 of_hidden.mul_(weight[chunk, None])
                 slope = slope * weight[chunk, None].to(slope.dtype)
-            of_down[network].addmm_(hidden.T, slope, beta=not is_first)
+            if of_down is not None:
+                of_down[network].addmm_(hidden.T, slope, beta=not is_first)
             of_product = of_products[: len(product)]
             of_gate, of_up = of_product.chunk(2, -1)
             torch.mul(of_hidden, gated, out=of_up)
             torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
-            of_gate_up[network].addmm_(_take(rows, source, chunk).T, of_product, beta=not is_first)
+            if of_gate_up is not None:
+                of_gate_up[network].addmm_(_take(rows, source, chunk).T, of_product, beta=not is_first)
             _add(of_rows, source, chunk, of_product @ gate_up[network].T)
-        return of_rows, of_weight, of_gate_up, of_down, None, None
+        return of_rows, of_weight, of_gate_up, of_down, None, None, None
 
 
-def _chunks(end: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
-    """Network, which of the sorted rows, and whether they are the network's first."""
+def _cut(end: Sequence[int], most: int) -> Iterator[_Chunk]:
+    """The runs of all networks, in chunks of at most so many rows."""
     for network, (first, last) in enumerate(zip([0, *end[:-1]], end, strict=True)):
-        for start in range(first, last, CHUNK):
-            yield network, slice(start, min(start + CHUNK, last)), start == first
+        for start in range(first, last, most):
+            yield _Chunk(network, slice(start, min(start + most, last)), start == first)
+
+
+def _longest(chunks: Sequence[_Chunk]) -> int:
+    return max((chunk.rows.stop - chunk.rows.start for chunk in chunks), default=0)
 
 
 def _take(rows: Tensor, source: Tensor | None, chunk: slice) -> Tensor:
@@ -135,10 +159,11 @@ def _add(total: Tensor, source: Tensor | None, chunk: slice, values: Tensor) -> 
         total.index_add_(0, source[chunk], values)
 
 
-def _gradient_like(matrices: Tensor, end: Sequence[int]) -> Tensor:
+def _gradient_like(matrices: Tensor, chunks: Sequence[_Chunk]) -> Tensor:
     """Memory for a gradient: 0 for networks without rows, for others what their first chunk is to overwrite."""
     gradient = torch.empty_like(matrices, memory_format=torch.contiguous_format)
-    for network, (first, last) in enumerate(zip([0, *end[:-1]], end, strict=True)):
-        if first == last:
+    visited = {chunk.network for chunk in chunks}
+    for network in range(len(matrices)):
+        if network not in visited:
             gradient[network].zero_()
     return gradient

@@ -41,8 +41,10 @@ def measure_load(routings: Sequence[Routing], probability: Float[Tensor, "layer 
 
 
 def count_tokens(routing: Routing) -> Float[Tensor, "e"]:
-    """Tokens sent to each expert."""
-    return torch.bincount(routing.expert.flatten(), minlength=routing.probability.shape[1]).float()
+    """Tokens sent to each expert; exact, and no device is waited for, as ``bincount`` does."""
+    expert = routing.expert.flatten()
+    zeros = routing.probability.new_zeros(routing.probability.shape[1])
+    return zeros.scatter_add(0, expert, zeros.new_ones(1).expand(len(expert)))
 
 
 def sample_probability(routings: Sequence[Routing], num_samples: int) -> Float[Tensor, "layer b e"]:

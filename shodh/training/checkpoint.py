@@ -13,8 +13,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
-def collect_state(engine: Any) -> dict[str, Tensor]:
+def collect_state(engine: Any, memory: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
     """Full FP32 parameters, moments, buffers and AdamW's step count by logical name; collective over ranks.
 
-    On the CPU of rank 0; empty on others. Slices of experts are joined in the order of the experts.
+    On the CPU of rank 0; empty on others. Slices of experts are joined in the order of the experts. Values go into
+    ``memory``, a state collected before, where there is one: to map memory anew takes longer than to copy.
     """
     leads = dist.get_rank() == 0
     state: dict[str, Tensor] = {}
@@ -45,11 +47,11 @@ def collect_state(engine: Any) -> dict[str, Tensor]:
         for key, value in _full_tensors(engine, parameter).items():
             whole = _join_slices(value.detach().float(), expert_group_of(parameter))
             if leads:
-                state[f"{key}/{name}"] = _copy_to_host(whole)
+                state[f"{key}/{name}"] = _copy_to_host(whole, memory.get(f"{key}/{name}"))
     if not leads:
         return state
     for name, buffer in engine.module.named_buffers():
-        state[f"buffer/{name}"] = _copy_to_host(buffer)
+        state[f"buffer/{name}"] = _copy_to_host(buffer, memory.get(f"buffer/{name}"))
     counts = [int(moments["step"]) for moments in plain_optimizer(engine).state.values() if "step" in moments]
     state["optimizer/step"] = torch.tensor(max(counts, default=0))  # Muon counts no steps
     return state
@@ -175,44 +177,52 @@ def load_parameters(model: nn.Module, state: dict[str, Tensor]) -> None:
 class SaveCheckpoint:
     """Hook that takes a checkpoint every ``interval`` steps and after the last one; collective over ranks.
 
-    Training waits until the state is copied to rank 0's memory; a thread then writes it, one checkpoint at a time, and
-    what it meets is raised at the next step. ``close`` waits for it.
+    Training waits until the state is copied to rank 0's memory, which is kept for the next; a thread then writes it,
+    one checkpoint at a time. Until it has, the newest one on disk is the one before. If it cannot, ``fault`` says why.
     """
 
     def __init__(self, engine: Any, folder: Path, interval: int, num_steps: int, run: dict[str, Any]) -> None:
         self.engine, self.folder, self.interval, self.num_steps, self.run = engine, folder, interval, num_steps, run
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
+        self.memory: dict[str, Tensor] = {}  # of the state last taken
 
     def after_step(self, record: StepRecord) -> None:
         if self.is_due(record.step):
             self.save(record.step)
-        elif self._writing is not None and self._writing.done():
-            self.wait()
 
     def is_due(self, step: int) -> bool:
         """Whether ``step`` is one after which a checkpoint is taken."""
         return step % self.interval == 0 or step == self.num_steps
 
     def save(self, step: int) -> None:
-        """Take a checkpoint now; raises CheckpointError where the one before could not be written."""
-        self.wait()
-        state = collect_state(self.engine)
-        if dist.get_rank() == 0:
-            self._writing = self._writer.submit(write_checkpoint, self.folder, step, state, self.run)
+        """Take a checkpoint now, unless the one before could not be written."""
+        if self._writing is not None:
+            wait([self._writing])
+        self.memory = collect_state(self.engine, self.memory)
+        if dist.get_rank() == 0 and self.fault is None:
+            self._writing = self._writer.submit(write_checkpoint, self.folder, step, self.memory, self.run)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the last one taken is not on disk yet."""
+        return self._writing is not None and not self._writing.done()
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What kept a checkpoint from being written, on the rank that writes; None while all is well."""
+        writing = self._writing
+        return writing.exception() if writing is not None and writing.done() else None
 
     def wait(self) -> None:
         """Until the last one taken is written; raises CheckpointError where it could not be."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if self._writing is not None:
+            self._writing.result()
 
     def close(self) -> None:
         """End the thread when all is written; raises CheckpointError where it could not be."""
-        try:
-            self.wait()
-        finally:
-            self._writer.shutdown()
+        self._writer.shutdown()
+        self.wait()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -251,9 +261,11 @@ def _join_slices(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return whole
 
 
-def _copy_to_host(values: Tensor) -> Tensor:
+def _copy_to_host(values: Tensor, memory: Tensor | None) -> Tensor:
     """Values as they are now, whatever training does to them next."""
-    return values.detach().to("cpu", copy=True).contiguous()
+    if memory is None:
+        return values.detach().to("cpu", copy=True).contiguous()
+    return memory.copy_(values.detach())
 
 
 def _full_tensors(engine: Any, parameter: nn.Parameter) -> Mapping[str, Tensor]:

@@ -61,8 +61,8 @@ class EngineConfig:
             )
         if self.zero_stage == 3:
             raise ValueError(
-                "zero_stage=3: partitions weights, as experts shared out over ranks are already, and DeepSpeed 0.19 "
-                "refuses both together. Set zero_stage=2, and share out experts with expert_parallel."
+                "zero_stage=3: partitions parameters, which checkpoints here take whole, and DeepSpeed 0.19 refuses it "
+                "beside experts shared out over ranks. Set zero_stage=2; what experts take, expert_parallel shares out."
             )
         if self.optimizer == "muon" and self.zero_stage > 0:
             raise ValueError(
@@ -77,7 +77,7 @@ class EngineConfig:
 _ENGINES: weakref.WeakSet[Any] = weakref.WeakSet()  # those to be destroyed with the process group
 
 
-class ProcessGroup(NamedTuple):
+class Membership(NamedTuple):
     """Where this process stands among its peers."""
 
     device: torch.device
@@ -86,7 +86,7 @@ class ProcessGroup(NamedTuple):
 
 
 @contextmanager
-def distributed(threads_per_rank: int) -> Iterator[ProcessGroup]:
+def distributed(threads_per_rank: int) -> Iterator[Membership]:
     """Membership of the process group that the launcher describes, or of one with a single process.
 
     On CPU DeepSpeed's shared-memory collective is switched off: it needs a C++ compiler, takes minutes to build and
@@ -118,7 +118,7 @@ def _described_rank() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _join(threads_per_rank: int) -> Iterator[ProcessGroup]:
+def _join(threads_per_rank: int) -> Iterator[Membership]:
     """The group that the environment describes, left at the end."""
     device = find_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu":
@@ -133,7 +133,7 @@ def _join(threads_per_rank: int) -> Iterator[ProcessGroup]:
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     try:
-        yield ProcessGroup(device, dist.get_rank(), dist.get_world_size())
+        yield Membership(device, dist.get_rank(), dist.get_world_size())
     finally:
         try:
             while _ENGINES:

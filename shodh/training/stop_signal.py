@@ -1,7 +1,8 @@
-"""A stop that loses nothing: told by a signal, all ranks leave after the same step with its checkpoint written.
+"""Ends that lose nothing: told by a signal, all ranks leave after the same step with its checkpoint written.
 
 Schedulers send SIGTERM or SIGUSR1 some time before they take a job's machines away. Whichever rank hears it, all leave
-together: launchers end the other ranks once one has left, so none may go before rank 0 has written everything.
+together: launchers end the other ranks once one has left, so none may go before rank 0 has written everything. Likewise
+where a loss is not finite; and where rank 0 cannot write, all must learn of it, or they would wait for it.
 """
 
 import os
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 
-from shodh.training.checkpoint import SaveCheckpoint
+from shodh.training.checkpoint import CheckpointError, SaveCheckpoint
 from shodh.training.loop import StepRecord
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = os.EX_TEMPFAIL  # 75: not done, and nothing wrong; the same command continues
+FAULT = 255  # in the place of a signal's number: a checkpoint could not be written
 
 
 class Stopped(SystemExit):
@@ -42,11 +44,12 @@ class StopOnSignal:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None or isinstance(error, (Stopped, FloatingPointError)):  # which all ranks meet alike
+            torch.distributed.barrier()
         if not isinstance(error, Stopped):
             for number, handler in self.before.items():
                 signal.signal(number, handler)
             return
-        torch.distributed.barrier()
         for number in SIGNALS:  # not by a handler of ours, which an interpreter that ends sets back to what kills it
             signal.signal(number, signal.SIG_IGN)
         if torch.distributed.get_rank() == 0:
@@ -66,10 +69,13 @@ class StopOnSignal:
         raise Stopped(EXIT_CODE)
 
     def _agree(self, step: int) -> bool:
-        """Whether any rank was told."""
-        told = torch.tensor([self.heard], dtype=torch.uint8, device=self.engine.device)
+        """Whether any rank was told; raises CheckpointError on all of them where a checkpoint could not be written."""
+        own = self.heard if self.save.fault is None else FAULT
+        told = torch.tensor([own], dtype=torch.uint8, device=self.engine.device)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
         self.told, self.step = int(told), step
+        if self.told == FAULT:
+            raise self.save.fault or CheckpointError("checkpoint: rank 0 could not write it. See what it says.")
         return self.told > 0
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from shodh.fields import CONDITIONS, NUM_GIVEN, LatentBatch
 from shodh.model.router import find_routers
 from shodh.model.transformer import LatentTransformer, TransformerConfig
 from shodh.training.balance import AdjustBias
-from shodh.training.engine import EngineConfig, ProcessGroup, build_engine, distributed
+from shodh.training.engine import EngineConfig, Membership, build_engine, distributed
 from shodh.training.linear_start import SolveLinearExperts
 from shodh.training.loop import LoopConfig, train
 from shodh.training.objectives import ForecastConfig, ForecastObjective
@@ -34,7 +34,7 @@ class Keep:
         self.ranks.append(self.routing.measured.choices.tolist())
 
 
-def share(step: int, group: ProcessGroup) -> Iterator[LatentBatch]:
+def share(step: int, group: Membership) -> Iterator[LatentBatch]:
     """This rank's part of every micro-batch; the first half of each is of one domain, the second of the other."""
     for micro_step in range(ACCUMULATION * step, 1000):
         torch.manual_seed(micro_step)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shodh.model.exchange import Journey, num_exchanged
+from shodh.model.exchange import Journey
 from shodh.model.experts import SharedExpert, StackedExperts, own_experts
 from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
@@ -55,11 +55,6 @@ def test_shared_experts_work_while_rows_travel_forward_and_backward(group, monke
     output.sum().backward()
     way = ["depart", "shared expert", "arrive"]
     assert forward == 2 * way and events[len(forward) :] == 2 * way
-
-
-def test_exchanged_rows_are_those_of_other_ranks_experts(group):
-    expert = torch.tensor([[0, 3], [1, 2], [3, 3]])
-    assert num_exchanged(expert, 4, group) == 0  # this rank holds all
 
 
 def test_ranks_hold_every_expert_once_or_are_refused():
