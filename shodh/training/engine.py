@@ -20,7 +20,7 @@ import torch.distributed.nn  # before any group exists: its functions' default a
 from torch import Tensor, nn
 
 from shodh.config import ConfigError
-from shodh.device import find_device
+from shodh.device import find_device, keep_freed_memory
 from shodh.training.optimizers import ADAMW_MOMENTS, OptimizerName, build_optimizer, create_moments
 
 # What EngineConfig's own fields decide in DeepSpeed's JSON.
@@ -124,6 +124,7 @@ def _join(threads_per_rank: int) -> Iterator[Membership]:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(threads_per_rank)
+        keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed

@@ -1,6 +1,7 @@
 """Under DeepSpeed: a resumed run is the uninterrupted one, bit for bit, at every ZeRO stage and with Muon."""
 
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,6 +75,29 @@ def test_processes_started_after_a_group_of_one_do_not_inherit_its_rank_and_port
         assert os.environ["RANK"] == "0" and os.environ["MASTER_PORT"] != "1"
         raise KeyError("provoked")
     assert "RANK" not in os.environ and os.environ["MASTER_PORT"] == "1"
+
+
+FAULTS = """
+import resource, torch
+from shodh.training.engine import distributed
+
+def count_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24).sum()  # 64 MiB, 16384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+outside = min(count_faults() for _ in range(5))
+with distributed(threads_per_rank=1):
+    print(outside, min(count_faults() for _ in range(5)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_arrays_of_a_training_step_do_not_map_their_memory_anew():
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=cpu_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outside, inside = map(int, done.stdout.split()[-2:])
+    assert inside < outside / 10 or outside < 100, "huge pages may hide the difference, never reverse it"
 
 
 @pytest.mark.parametrize("stage", [1, 2])
