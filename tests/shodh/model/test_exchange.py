@@ -1,8 +1,12 @@
 """Rows that travel: whole layers stay what they are, and shared experts work while rows are on their way."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import cpu_environment, deepspeed_command
 
 from shodh.model.exchange import Journey
 from shodh.model.experts import SharedExpert, StackedExperts, own_experts
@@ -62,3 +66,11 @@ def test_ranks_hold_every_expert_once_or_are_refused():
     assert sum(held, []) == list(range(12)) and {len(own) for own in held} == {3}
     with pytest.raises(ValueError, match="num_experts=4: 3 ranks cannot share them out evenly.*Choose a multiple"):
         own_experts(4, 3, 0)
+
+
+@pytest.mark.distributed
+def test_layers_whose_experts_two_ranks_share_out_are_whole_layers_gradients_too():
+    command = [*deepspeed_command(2), Path(__file__).with_name("exchange_ranks.py")]
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "layers shared out are whole layers" in done.stdout
