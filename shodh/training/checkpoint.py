@@ -185,6 +185,7 @@ class SaveCheckpoint:
         self.engine, self.folder, self.interval, self.num_steps, self.run = engine, folder, interval, num_steps, run
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
+        self._is_said = False  # that it could not be written
         self.memory: dict[str, Tensor] = {}  # of the state last taken
 
     def after_step(self, record: StepRecord) -> None:
@@ -215,12 +216,13 @@ class SaveCheckpoint:
         return writing.exception() if writing is not None and writing.done() else None
 
     def wait(self) -> None:
-        """Until the last one taken is written; raises CheckpointError where it could not be."""
-        if self._writing is not None:
+        """Until the last one taken is written; raises CheckpointError, once, where it could not be."""
+        if self._writing is not None and not self._is_said:
+            self._is_said = self._writing.exception() is not None
             self._writing.result()
 
     def close(self) -> None:
-        """End the thread when all is written; raises CheckpointError where it could not be."""
+        """End the thread when all is written; raises CheckpointError where it could not be and nobody has said so."""
         self._writer.shutdown()
         self.wait()
 

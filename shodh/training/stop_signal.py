@@ -75,7 +75,8 @@ class StopOnSignal:
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
         self.told, self.step = int(told), step
         if self.told == FAULT:
-            raise self.save.fault or CheckpointError("checkpoint: rank 0 could not write it. See what it says.")
+            self.save.wait()  # raises on the rank that writes
+            raise CheckpointError("checkpoint: rank 0 could not write it. See what it says.")
         return self.told > 0
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -175,14 +175,15 @@ def test_a_write_that_fails_is_said_in_one_line_and_older_checkpoints_stay(engin
     assert find_newest(tmp_path, pytest.fail) == tmp_path / "step-1" and not writers()
 
 
-def test_after_a_write_that_failed_and_was_said_the_next_is_written(engine, tmp_path):
+def test_a_write_that_failed_is_said_once_and_stays_known_and_nothing_is_written_after_it(engine, tmp_path):
     with saving(engine, tmp_path) as save:
         with small_files(), pytest.raises(CheckpointError, match="step-1"):
             save.save(1)
             save.wait()
         save.wait()  # said once
         save.save(2)
-    assert find_newest(tmp_path, pytest.fail) == tmp_path / "step-2"
+        assert isinstance(save.fault, CheckpointError) and not save.is_writing
+    assert not list_checkpoints(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(engine, tmp_path):
