@@ -99,10 +99,23 @@ def test_gradients_of_experts_travel_between_the_ranks_that_hold_the_same_ones()
 
 
 def test_tokens_that_leave_the_node_wait_for_its_slower_link():
-    near, far = (forecast_step(make_workload(expert_parallel=size), CLUSTER).all_to_all for size in (4, 8))
+    prompt = replace(CLUSTER, latency_microseconds=0.0)
+    near, far = (forecast_step(make_workload(expert_parallel=size), prompt).all_to_all for size in (4, 8))
     sent = [count_traffic(make_workload(expert_parallel=size), CLUSTER).all_to_all for size in (4, 8)]
     assert near == pytest.approx(sent[0] / 450e9)
     assert far == pytest.approx(sent[1] * 4 / 7 / 50e9)  # four of seven peers stand on the other node
+
+
+@pytest.mark.parametrize(("recompute", "in_a_layer", "agreed"), [(False, 5, 1), (True, 8, 2)])
+def test_every_exchange_has_a_latency_and_shared_experts_hide_none_of_what_the_host_waits_for(
+    recompute, in_a_layer, agreed
+):
+    workload = make_workload(replace(MODEL, recompute=recompute), expert_parallel=8, accumulation=3)
+    at_once = replace(CLUSTER, node_bandwidth=1e12, network_bandwidth=1e12, latency_microseconds=1.0)
+    step = forecast_step(workload, at_once)
+    assert step.all_to_all == pytest.approx(3 * MODEL.depth * in_a_layer * 1e-6, rel=1e-4)
+    assert step.all_to_all - step.hidden >= 3 * MODEL.depth * agreed * 1e-6 * (1 - 1e-9)
+    assert forecast_step(make_workload(), at_once).all_to_all == 0
 
 
 @pytest.mark.parametrize("field", ["peak_teraflops", "memory_bandwidth", "node_bandwidth", "network_bandwidth"])
