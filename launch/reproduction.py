@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from shodh.config import ConfigError, read_plain
 
 LAUNCH = Path(__file__).resolve().parent
+TRAININGS = ("train_tokenizer", "pretrain")
 SECTIONS = {"fwi": "acoustics"}  # of configs/generate_data, where it is not named as the domain
 
 
@@ -53,6 +54,7 @@ class Step(NamedTuple):
     command: list[str]  # after the interpreter
     is_done: Callable[[], bool]
     describe: Callable[[], str]  # how far it has come
+    is_training: bool = False  # writes checkpoints
 
 
 def require_domains(config: Reproduction) -> tuple[str, ...]:
@@ -84,12 +86,12 @@ def list_steps(config: Reproduction, domains: tuple[str, ...]) -> list[Step]:
     def step(name: str, overrides: list[str], is_done: Callable[[], bool], describe: Callable[[], str]) -> Step:
         own: StepConfig = getattr(config, name)
         command = [str(LAUNCH / f"{name}.py"), str(own.config), *overrides, *own.overrides]
-        return Step(name, command, is_done, describe)
+        return Step(name, command, is_done, describe, name in TRAININGS)
 
     def have(folder: Path) -> Callable[[], bool]:
         return lambda: all((folder / name / "zarr.json").is_file() for name in domains)
 
-    tokenizer_steps, steps = (_count_steps(getattr(config, name)) for name in ("train_tokenizer", "pretrain"))
+    tokenizer_steps, steps = (_count_steps(getattr(config, name)) for name in TRAININGS)
     left_out = [f"{section}=null" for name, section in SECTIONS.items() if name not in domains]
     return [
         step("generate_data", [f"folder={stores}", *left_out], have(stores), lambda: _count_trajectories(stores)),

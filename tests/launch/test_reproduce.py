@@ -130,7 +130,7 @@ def test_second_call_trains_nothing_and_prints_the_table_again(whole):
     assert json.loads((folder / "export" / "table.json").read_text())["rows"]
 
 
-def wait_step(tmp_path: Path, script: str) -> Step:
+def wait_step(tmp_path: Path, script: str, is_training: bool = False) -> Step:
     """A step that is a Python script, done when it has left a file and as far as it has written."""
     (tmp_path / "step.py").write_text(script)
     notes = tmp_path / "notes"
@@ -139,6 +139,7 @@ def wait_step(tmp_path: Path, script: str) -> Step:
         [str(tmp_path / "step.py"), str(tmp_path)],
         lambda: (tmp_path / "done").exists(),
         lambda: notes.read_text() if notes.exists() else "its beginning",
+        is_training,
     )
 
 
@@ -161,10 +162,17 @@ def test_a_step_is_told_to_stop_in_time_and_what_it_keeps_is_named(tmp_path):
 
 def test_a_step_that_does_not_listen_is_ended_within_the_piece(tmp_path):
     deaf = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(60)"
-    begun = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"^minutes=0.05: wait was still at its beginning after all of them"):
-        run_piece([wait_step(tmp_path, deaf)], tmp_path, 3.0, 1.0)
+    begun, said = time.monotonic(), "^minutes=0.05: wait was still at its beginning after all of them. Raise minutes"
+    with pytest.raises(RuntimeError, match=rf"{said}, or write its checkpoints more often\.$"):
+        run_piece([wait_step(tmp_path, deaf, is_training=True)], tmp_path, 3.0, 1.0)
     assert time.monotonic() - begun < 6
+    with pytest.raises(RuntimeError, match=rf"{said}\.$"):  # what writes no checkpoints is not to write more of them
+        run_piece([wait_step(tmp_path, deaf)], tmp_path, 3.0, 1.0)
+
+
+def test_a_step_that_fails_after_it_was_told_to_stop_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="^wait: ended with code 3, see above"):
+        run_piece([wait_step(tmp_path, LISTENS.replace("75", "3"))], tmp_path, 12.0, 10.0)
 
 
 def test_what_a_stopped_step_started_ends_with_it(tmp_path):
