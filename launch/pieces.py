@@ -42,9 +42,7 @@ def run_piece(steps: Sequence[Step], folder: Path, seconds: float, stop_seconds:
             print(f"{step.name}: from {before}", flush=True)
             if _run_step(step, limit, stop_seconds, told, lock):
                 if is_first and not told and step.describe() == before and not step.is_done():
-                    remedy = (
-                        "Raise minutes, or write its checkpoints more often." if step.is_training else "Raise minutes."
-                    )
+                    remedy = "Raise minutes" + (", or write its checkpoints more often." if step.is_training else ".")
                     raise RuntimeError(
                         f"minutes={seconds / 60:g}: {step.name} was still at {before} after all of them. {remedy}"
                     )
