@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cpu_environment
 from pieces import run_piece
-from reproduction import Reproduction, Step, list_steps, require_domains
+from reproduction import Reproduction, Step, list_steps, require_domains, select_results
 
 from shodh.config import ConfigError, load_config, parse_config
 from shodh.evaluation.published_table import PUBLISHED
+from shodh.training.checkpoint import MANIFEST, write_checkpoint
 from tokenizer.export import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,6 +227,21 @@ def test_domains_are_those_that_the_first_piece_settled(tmp_path, monkeypatch):
     other = load_config(Reproduction, CONFIG, [*folders(tmp_path), "domains=[open_channel]"])
     with pytest.raises(ConfigError, match="was begun with"):
         require_domains(other)
+
+
+def test_the_newest_checkpoint_that_is_intact_is_exported(tmp_path, capsys):
+    config = load_config(Reproduction, CONFIG, folders(tmp_path))
+    checkpoints = config.run / "checkpoints" / "tokenizer"
+    for step in (2, 4):
+        write_checkpoint(checkpoints, step, {"weight": torch.ones(8)}, {"record": {"config": {}}})
+    assert f"checkpoints/tokenizer/step-4/{MANIFEST}" in select_results(config)
+    state = checkpoints / "step-4" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    chosen = {Path(name).parent.name for name in select_results(config)}
+    assert chosen == {"step-2"} and "state.safetensors is truncated or altered" in capsys.readouterr().err
+    shutil.rmtree(checkpoints / "step-2")
+    with pytest.raises(ConfigError, match="none of 1 is intact"):
+        select_results(config)
 
 
 @pytest.mark.parametrize("size", ["debug", "base"])
