@@ -10,9 +10,6 @@ restored in the first way again.
 
 import argparse
 import json
-import os
-import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +23,7 @@ import torch
 from expert_parallel_ranks import NUM_STEPS, Task
 from figures import ROOT, Figure, at_most, report, stated
 from random_store import write_random_store
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from data.latents import write_latents
@@ -192,14 +190,7 @@ def run_tasks(folder: Path, world: int, tasks: dict[str, list[Task]]) -> dict[st
     every = [asdict(task) for several in tasks.values() for task in several]
     description = {"latents": str(folder / "latents"), "outcomes": str(outcomes), "tasks": every}
     path.write_text(json.dumps(description))
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(world)]
-    script = str(ROOT / "benchmarks" / "expert_parallel_ranks.py")
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = [*launcher, "--master_port", str(random.randint(20000, 32000)), script, str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{world} ranks failed: {done.stderr[-3000:]}")
+    run_ranks(ROOT / "benchmarks" / "expert_parallel_ranks.py", [str(path)], world)
     seen = iter(json.loads(outcomes.read_text()))
     return {name: list(islice(seen, len(several))) for name, several in tasks.items()}
 

@@ -17,8 +17,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would announce it
 
 import argparse
 import json
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from figures import ROOT, Figure, at_most, report, stated
 from plan_measures import Measurement, measure
+from ranks import run_ranks
 
 sys.path.append(str(ROOT / "launch"))
 
@@ -110,16 +109,9 @@ def main(arguments: list[str]) -> int:
 
 def measure_as_two_ranks() -> list[Measurement]:
     """The cases of two ranks, of which rank 0's memory counts: this script under the launcher."""
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    with tempfile.TemporaryDirectory(prefix="shodh-plan-") as folder, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-        listener.close()
+    with tempfile.TemporaryDirectory(prefix="shodh-plan-") as folder:
         result = Path(folder) / "measured.json"
-        command = [launcher, "--quiet", "--master_port", port, "--num_accelerators", "2", __file__]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path}
-        subprocess.run([*command, "--rank-of-two", str(result)], env=environment, check=True)
+        run_ranks(Path(__file__), ["--rank-of-two", str(result)], 2)
         return json.loads(result.read_text())
 
 

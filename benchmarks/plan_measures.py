@@ -1,18 +1,18 @@
 """What a training is seen to need: part of plan.py."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from operation_counter import counting_operations
+from random_latents import make_latents
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
-from shodh.fields import CONDITIONS, LatentBatch
+from shodh.fields import NUM_GIVEN, LatentBatch
 from shodh.model.cost import FULL
 from shodh.model.transformer import LatentTransformer
 from shodh.planning.arrangement import Workload
@@ -22,7 +22,6 @@ from shodh.training.engine import build_engine, create_expert_group, plain_optim
 from shodh.training.objectives import ForecastObjective
 
 Measurement = dict[str, float]
-Shape = Sequence[int]
 
 
 def measure(workload: Workload, device: torch.device, num_ranks: int) -> Measurement:
@@ -31,15 +30,15 @@ def measure(workload: Workload, device: torch.device, num_ranks: int) -> Measure
     model = LatentTransformer(workload.model, create_expert_group(workload.engine.expert_parallel))
     engine = build_engine(model, workload.engine, device)
     set_learning_rate(engine, 1e-4)
-    objective, batch = ForecastObjective(workload.objective), make_batch(workload, num_ranks)
+    objective, num_samples = ForecastObjective(workload.objective), workload.engine.batch_size // num_ranks
+    batch = make_latents(workload.model, num_samples, workload.objective.num_states - NUM_GIVEN, workload.grid)
     parameters = Storages(model.parameters())
     optimizer = plain_optimizer(engine)
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     kept = Storages([*stepped, *moments], apart_from=parameters)
     activations = Storages([], apart_from=Storages([*model.parameters(), *model.buffers(), *batch]))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: count_added_product})
-    with counter, sdpa_kernel(SDPBackend.MATH):  # it does not see the CPU's fused attention
+    with counting_operations() as counter:
         objective.begin_step(0)
         terms, _ = objective(engine, batch)
         engine.backward(terms["total"])
@@ -72,11 +71,6 @@ def measure(workload: Workload, device: torch.device, num_ranks: int) -> Measure
         "peak": peak,
         "seconds": float(np.median(seconds)),
     }
-
-
-def count_added_product(total: Shape, left: Shape, right: Shape, out_shape: Any = None, **choices: Any) -> int:
-    """Of shapes; PyTorch's counter leaves out products that are added in place."""
-    return 2 * left[0] * left[1] * right[1]
 
 
 class Storages:
@@ -123,14 +117,3 @@ def profile_peak(work: Callable[[], None]) -> int:
     events: list[Any] = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     return int(np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])]).max())
-
-
-def make_batch(workload: Workload, num_ranks: int) -> LatentBatch:
-    """This rank's random share; what it holds costs nothing."""
-    num, model = workload.engine.batch_size // num_ranks, workload.model
-    return LatentBatch(
-        states=torch.randn(num, workload.objective.num_states, model.latent_channels, *workload.grid),
-        medium=torch.randn(num, model.medium_channels, *workload.grid),
-        parameters=torch.randn(num, len(CONDITIONS)),
-        domain=torch.zeros(num, dtype=torch.int64),
-    )

@@ -20,11 +20,11 @@ from tokenizer_accelerator import measure_peak, synchronised
 sys.path.append(str(ROOT / "launch"))
 
 from settings import Pretraining  # noqa: E402 - beside the launch scripts
-from shodh.model.cost import count_operations  # noqa: E402
 
 from shodh.config import load_config  # noqa: E402
 from shodh.device import find_device, find_peak  # noqa: E402
 from shodh.fields import LatentBatch  # noqa: E402
+from shodh.model.cost import count_operations  # noqa: E402
 from shodh.model.transformer import LatentTransformer, TransformerConfig  # noqa: E402
 
 GRID = (16, 16, 16)

@@ -20,6 +20,7 @@ from shodh.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPED = os.EX_TEMPFAIL  # 75, with which a training ends that was told to, once its checkpoint is written
+BY_US = (-signal.SIGUSR1, -signal.SIGKILL)  # how a step ends that we told to stop and that does not listen
 POLL_SECONDS = 0.1
 
 
@@ -41,9 +42,9 @@ def run_piece(steps: Sequence[Step], folder: Path, seconds: float, stop_seconds:
             print(f"{step.name}: from {before}", flush=True)
             if _run_step(step, limit, stop_seconds, told, lock):
                 if is_first and not told and step.describe() == before and not step.is_done():
+                    remedy = "Raise minutes" + (", or write its checkpoints more often." if step.is_training else ".")
                     raise RuntimeError(
-                        f"minutes={seconds / 60:g}: {step.name} was still at {before} after all of them. "
-                        "Raise minutes, or write its checkpoints more often."
+                        f"minutes={seconds / 60:g}: {step.name} was still at {before} after all of them. {remedy}"
                     )
                 return f"{step.name} at {step.describe()}"
             if not step.is_done():
@@ -78,7 +79,7 @@ def _run_step(step: Step, limit: float, stop_seconds: float, told: list[int], lo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own processes too, which may hold locks that come next
         process.wait()
-    if stopping is None and process.returncode not in (0, STOPPED):
+    if process.returncode not in (0, STOPPED, *(() if stopping is None else BY_US)):
         raise RuntimeError(f"{step.name}: ended with code {process.returncode}, see above. The same command continues.")
     return stopping is not None or process.returncode == STOPPED
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from shodh.config import ConfigError, read_plain
 
 LAUNCH = Path(__file__).resolve().parent
+TRAININGS = ("train_tokenizer", "pretrain")
 SECTIONS = {"fwi": "acoustics"}  # of configs/generate_data, where it is not named as the domain
 
 
@@ -35,9 +37,9 @@ class Reproduction:
     pretrain: StepConfig
     evaluate_model: StepConfig
     fwi: Literal["where_installed", "never"] = "where_installed"  # add it where deepwave, which simulates it, is there
-    minutes: float = 9.0  # of a piece, its end included
-    stop_seconds: float = 90.0  # of these, to stop a step in: a checkpoint is written meanwhile, then exported
-    export: Path | None = None  # folder that each piece leaves its results in
+    minutes: float = 9.0  # of a piece, its end included, its export not
+    stop_seconds: float = 90.0  # of these, to stop a step in: a checkpoint is written meanwhile
+    export: Path | None = None  # folder that each piece leaves its results in; at 6 GB up to a minute more (estimate)
 
     def __post_init__(self) -> None:
         if not self.domains or len(set(self.domains)) < len(self.domains):
@@ -53,6 +55,7 @@ class Step(NamedTuple):
     command: list[str]  # after the interpreter
     is_done: Callable[[], bool]
     describe: Callable[[], str]  # how far it has come
+    is_training: bool = False  # writes checkpoints
 
 
 def require_domains(config: Reproduction) -> tuple[str, ...]:
@@ -84,12 +87,12 @@ def list_steps(config: Reproduction, domains: tuple[str, ...]) -> list[Step]:
     def step(name: str, overrides: list[str], is_done: Callable[[], bool], describe: Callable[[], str]) -> Step:
         own: StepConfig = getattr(config, name)
         command = [str(LAUNCH / f"{name}.py"), str(own.config), *overrides, *own.overrides]
-        return Step(name, command, is_done, describe)
+        return Step(name, command, is_done, describe, name in TRAININGS)
 
     def have(folder: Path) -> Callable[[], bool]:
         return lambda: all((folder / name / "zarr.json").is_file() for name in domains)
 
-    tokenizer_steps, steps = (_count_steps(getattr(config, name)) for name in ("train_tokenizer", "pretrain"))
+    tokenizer_steps, steps = (_count_steps(getattr(config, name)) for name in TRAININGS)
     left_out = [f"{section}=null" for name, section in SECTIONS.items() if name not in domains]
     return [
         step("generate_data", [f"folder={stores}", *left_out], have(stores), lambda: _count_trajectories(stores)),
@@ -116,14 +119,20 @@ def list_steps(config: Reproduction, domains: tuple[str, ...]) -> list[Step]:
 
 
 def select_results(config: Reproduction) -> dict[str, Path]:
-    """Files worth carrying away, by their names within the run: results and the newest checkpoint."""
+    """Files worth carrying away, by their names within the run: results and the newest intact checkpoint.
+
+    Raises ConfigError where there is nothing yet, or where checkpoints are there and none is intact.
+    """
+    from shodh.training.checkpoint import find_newest
+
     run = config.run
     names = ["reproduction.json", "certificate.json", "tokenizer.safetensors", "metrics.jsonl", "alarms.jsonl"]
     names += ["evaluation.json", "slices.npz", "report.html", "table.json"]
     files = {name: run / name for name in names if (run / name).is_file()}
     phase = "pretrain" if "certificate.json" in files else "tokenizer"
-    newest = run / "checkpoints" / phase / f"step-{_newest_step(run, phase)}"
-    files |= {str(path.relative_to(run)): path for path in sorted(newest.glob("*")) if path.is_file()}
+    newest = find_newest(run / "checkpoints" / phase, lambda message: print(f"warning: {message}", file=sys.stderr))
+    if newest is not None:
+        files |= {str(path.relative_to(run)): path for path in sorted(newest.glob("*")) if path.is_file()}
     if not files:
         raise ConfigError(f"run={run}: holds nothing to export yet. Run a piece first.")
     return files

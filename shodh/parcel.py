@@ -1,21 +1,32 @@
 """A set of files as parts of bounded size with digests, for carrying results and state from one machine to another.
 
 A parcel is a folder: each file under its own name, or as NAME.part-000, NAME.part-001, ... where it is larger than a
-part may be, and ``parcel.json``, which lists size and SHA-256 of every file and part. A new parcel replaces the old one
-only when it is complete, and nothing is unpacked before every part has been verified.
+part may be, and ``parcel.json``, which lists the size of every file and, in order, size and SHA-256 of its parts. A new
+parcel replaces the old one only when it is complete; parts that both hold stay the same files. Nothing is unpacked
+before every part has been verified.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from shodh.config import ConfigError
 
 PART_BYTES = 15 * 2**20
 CONTENTS = "parcel.json"
+
+
+class Part(NamedTuple):
+    """A file of a parcel, as its contents list it."""
+
+    name: str
+    size: int
+    sha256: str
 
 
 def pack(files: Mapping[str, Path], folder: Path, part_bytes: int = PART_BYTES) -> int:
@@ -28,7 +39,7 @@ def pack(files: Mapping[str, Path], folder: Path, part_bytes: int = PART_BYTES) 
     fresh = folder.with_name(folder.name + ".fresh")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    contents = {name: _pack_file(file, fresh, name, part_bytes) for name, file in files.items()}
+    contents = {name: _pack_file(file, fresh, folder, name, part_bytes) for name, file in files.items()}
     (fresh / CONTENTS).write_text(json.dumps({"files": contents}, indent=1))
     stale = folder.with_name(folder.name + ".stale")
     shutil.rmtree(stale, ignore_errors=True)
@@ -48,29 +59,36 @@ def unpack(folder: Path, into: Path) -> list[str]:
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
         raise ConfigError(f"run={into}: is there already. Give another run, or remove it.")
     contents = _read_contents(folder)
-    for entry in contents.values():
-        for part in entry["parts"]:
+    for parts in contents.values():
+        for part in parts:
             _require_intact(folder, part)
     fresh = into.with_name(into.name + ".fresh")
     shutil.rmtree(fresh, ignore_errors=True)
-    for name, entry in contents.items():
-        _join_file(folder, entry, fresh / name)
+    for name, parts in contents.items():
+        _join_file([folder / part.name for part in parts], fresh / name)
     if into.exists():
         into.rmdir()
     fresh.rename(into)
     return list(contents)
 
 
-def _pack_file(file: Path, folder: Path, name: str, part_bytes: int) -> dict[str, Any]:
-    """Write one file's parts; what ``parcel.json`` says of it."""
-    whole, parts, is_split = hashlib.sha256(), [], file.stat().st_size > part_bytes
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+def _pack_file(file: Path, fresh: Path, before: Path, name: str, part_bytes: int) -> dict[str, Any]:
+    """Put one file's parts into ``fresh``; what ``parcel.json`` says of it."""
+    parts, is_split = [], file.stat().st_size > part_bytes
+    (fresh / name).parent.mkdir(parents=True, exist_ok=True)
     for number, content in enumerate(_read_parts(file, part_bytes)):
         part = f"{name}.part-{number:03d}" if is_split else name
-        (folder / part).write_bytes(content)
-        whole.update(content)
-        parts.append({"name": part, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
-    return {"size": sum(part["size"] for part in parts), "sha256": whole.hexdigest(), "parts": parts}
+        _put_part(content, fresh / part, before / part)
+        parts.append(Part(part, len(content), hashlib.sha256(content).hexdigest()))
+    return {"size": sum(part.size for part in parts), "parts": [part._asdict() for part in parts]}
+
+
+def _put_part(content: bytes, path: Path, before: Path) -> None:
+    """The file of the parcel before where it holds the same, so that nothing is written or carried away again."""
+    if before.is_file() and before.stat().st_size == len(content) and before.read_bytes() == content:
+        with contextlib.suppress(OSError):  # a file system without links
+            return os.link(before, path)
+    path.write_bytes(content)
 
 
 def _read_parts(file: Path, part_bytes: int) -> Iterator[bytes]:
@@ -81,14 +99,18 @@ def _read_parts(file: Path, part_bytes: int) -> Iterator[bytes]:
             yield content
 
 
-def _read_contents(folder: Path) -> dict[str, Any]:
+def _read_contents(folder: Path) -> dict[str, list[Part]]:
+    """The parts of every file, in order."""
     try:
-        contents = json.loads((folder / CONTENTS).read_text())["files"]
-        names = [name for key, entry in contents.items() for name in (key, *(part["name"] for part in entry["parts"]))]
+        files = json.loads((folder / CONTENTS).read_text())["files"]
+        contents = {name: [Part(p["name"], p["size"], p["sha256"]) for p in files[name]["parts"]] for name in files}
+        for name, parts in contents.items():
+            if sum(part.size for part in parts) != files[name]["size"]:
+                raise ValueError(f"the parts of {name} do not make it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"import={folder}: {CONTENTS} cannot be read ({what}). Fetch the export again.") from None
-    for name in names:
+    for name in [*contents, *(part.name for parts in contents.values() for part in parts)]:
         if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ConfigError(
                 f"import={folder}: {CONTENTS} names {name!r}, outside the folder. Do not use this export."
@@ -96,22 +118,16 @@ def _read_contents(folder: Path) -> dict[str, Any]:
     return contents
 
 
-def _require_intact(folder: Path, part: Mapping[str, Any]) -> None:
-    path = folder / part["name"]
+def _require_intact(folder: Path, part: Part) -> None:
+    path = folder / part.name
     if not path.is_file():
         raise ConfigError(f"part={path}: is missing. Fetch it again, or export again.")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != part["sha256"]:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != part.sha256:
         raise ConfigError(f"part={path}: is damaged (its SHA-256 differs). Fetch it again, or export again.")
 
 
-def _join_file(folder: Path, entry: Mapping[str, Any], file: Path) -> None:
-    """Raises ConfigError where parts, each intact, do not make the file that was packed."""
+def _join_file(parts: Iterable[Path], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = hashlib.sha256()
     with file.open("wb") as stream:
-        for part in entry["parts"]:
-            content = (folder / part["name"]).read_bytes()
-            whole.update(content)
-            stream.write(content)
-    if whole.hexdigest() != entry["sha256"]:
-        raise ConfigError(f"import={folder}: the parts of {file.name} do not make it. Export again.")
+        for part in parts:
+            stream.write(part.read_bytes())

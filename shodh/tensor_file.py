@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shodh.config import ConfigError
+from shodh.disk import sync
 
 
 class TensorPart(NamedTuple):
@@ -47,12 +48,14 @@ def join_parts(parts: Mapping[str, TensorPart]) -> TensorPart:
 
 
 def write_tensors(path: Path, part: TensorPart) -> None:
-    """Write the file beside and rename it. Raises ConfigError where that fails; what stood there stays untouched."""
+    """Write, sync and rename the file. Raises ConfigError where that fails; what stood there stays untouched."""
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(part.tensors, temporary, metadata=part.metadata)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise ConfigError(f"file={path}: cannot be written ({error}). Free disk space, or give another path.") from None

@@ -20,6 +20,7 @@ CLUSTER = ClusterConfig(
     network_bandwidth=50.0,
     disk_bandwidth=1.0,
     launch_microseconds=5.0,
+    latency_microseconds=20.0,
     price_per_gpu_hour=2.0,
 )
 

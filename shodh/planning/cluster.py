@@ -31,6 +31,7 @@ class ClusterConfig:
     network_bandwidth: float  # out of each GPU to other nodes
     disk_bandwidth: float  # of rank 0, gigabytes a second
     launch_microseconds: float  # that starting one operation takes where it is done sooner than the next can start
+    latency_microseconds: float  # of an exchange between all ranks of a group, however little it carries
     price_per_gpu_hour: float = 0.0
 
     def __post_init__(self) -> None:
@@ -42,11 +43,9 @@ class ClusterConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive. Raise it.")
         if self.utilisation > 1:
             raise ValueError(f"utilisation={self.utilisation}: is a share of the peak. Choose one of at most 1.")
-        if self.launch_microseconds < 0 or self.price_per_gpu_hour < 0:
-            raise ValueError(
-                f"launch_microseconds={self.launch_microseconds}, price_per_gpu_hour={self.price_per_gpu_hour}: "
-                "must not be negative. Use 0."
-            )
+        for name in ("launch_microseconds", "latency_microseconds", "price_per_gpu_hour"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative. Use 0.")
 
     @property
     def num_ranks(self) -> int:

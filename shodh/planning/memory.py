@@ -3,6 +3,10 @@
 With P parameters, D of them on every rank and the routed R on a rank's 1 / EP share, on N ranks: the parts that ZeRO
 cuts up are D / N + (R / EP) / (N / EP) = P / N numbers. Parameters, gradients and moments are FP32. Read in DeepSpeed
 0.19.8 (``runtime/zero/stage_1_and_2.py``), measured by ``benchmarks/plan.py``.
+
+Left out: the held-out trajectory of each domain that the ranks of the first expert group keep to measure forecasts on,
+4 FP32 numbers for each cell and snapshot (about 3.4 GB at 128^3 and 100 snapshots), and rank 0's copy of a checkpoint,
+which is in the host's memory.
 """
 
 from collections.abc import Sequence

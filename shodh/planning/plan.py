@@ -29,7 +29,8 @@ class Plan(NamedTuple):
     teraflops_per_second: float  # of each rank
     utilisation: float  # of the peak: that, over the cluster's
     checkpoint_bytes: int
-    checkpoint_seconds: float
+    checkpoint_waiting: float  # seconds that training waits for each
+    checkpoint_seconds: float  # until one is written
     hours: float
     gpu_hours: float
     cost: float
@@ -39,10 +40,12 @@ def forecast(workload: Workload, cluster: ClusterConfig) -> Plan:
     """The plan of a training as its config arranges it; raises ConfigError where it cannot be so arranged."""
     _require_groups(workload, cluster)
     step = forecast_step(workload, cluster)
-    size = count_checkpoint_bytes(workload)
-    seconds = size / cluster.disk_bandwidth / GIGA
-    num_steps = workload.schedule.num_steps
-    hours = (num_steps * step.total + math.ceil(num_steps / workload.checkpoint_interval) * seconds) / 3600
+    size, num_steps = count_checkpoint_bytes(workload), workload.schedule.num_steps
+    copying, writing = _seconds_of_checkpoint(size, cluster)
+    between = workload.checkpoint_interval * step.total
+    waiting = copying + max(0.0, writing - between)  # a thread writes it until the next is due
+    waited = math.ceil(num_steps / workload.checkpoint_interval) * waiting + min(writing, between)  # all of the last
+    hours = (num_steps * step.total + waited) / 3600
     teraflops = step_operations(workload, cluster) / step.total / TERA
     tokens = workload.num_samples * measure_sizes(workload.model, workload.grid).tokens
     return Plan(
@@ -54,7 +57,8 @@ def forecast(workload: Workload, cluster: ClusterConfig) -> Plan:
         teraflops,
         teraflops / cluster.peak_teraflops,
         size,
-        seconds,
+        waiting,
+        copying + writing,
         hours,
         hours * cluster.num_ranks,
         hours * cluster.num_ranks * cluster.price_per_gpu_hour,
@@ -97,16 +101,21 @@ def list_warnings(workload: Workload, cluster: ClusterConfig, plan: Plan) -> Ite
             f"all_to_all={plan.step.all_to_all_share:.0%}: of a step is spent waiting for tokens, which shared experts "
             "do not hide. A larger model.hidden would, or faster links."
         )
-    waiting = plan.checkpoint_seconds / (plan.checkpoint_seconds + workload.checkpoint_interval * plan.step.total)
+    waiting = plan.checkpoint_waiting / (plan.checkpoint_waiting + workload.checkpoint_interval * plan.step.total)
     if waiting > MOST_WAITING:
         interval = workload.checkpoint_interval
-        yield f"checkpoint_interval={interval}: checkpoints take {waiting:.0%} of the time. Raise it."
+        yield f"checkpoint_interval={interval}: training waits {waiting:.0%} of the time for checkpoints. Raise it."
 
 
 def rows_per_expert(workload: Workload, cluster: ClusterConfig) -> float:
     """Tokens that an expert gets at once, on the mean: from all ranks of its group."""
     tokens = keep_of(workload, cluster, 1).num_samples * measure_sizes(workload.model, workload.grid).tokens
     return tokens * workload.model.top_k * workload.engine.expert_parallel / workload.model.num_experts
+
+
+def _seconds_of_checkpoint(size: int, cluster: ClusterConfig) -> tuple[float, float]:
+    """To copy one to rank 0's memory, all of it over rank 0's slowest link, and then to write it."""
+    return size / min(cluster.node_bandwidth, cluster.network_bandwidth) / GIGA, size / cluster.disk_bandwidth / GIGA
 
 
 def _require_groups(workload: Workload, cluster: ClusterConfig) -> None:

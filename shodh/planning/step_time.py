@@ -3,7 +3,8 @@
 Products take their operations over the peak times its utilisation. What lies between them moves memory: each number
 that is kept for the backward pass is written and read, then read again and its gradient written and read; each weight
 is read twice and its gradient written, under autocast after a cast. A step of AdamW reads four numbers a parameter and
-writes three; Muon's five rounds on an a x b matrix, a <= b, are 5 (4 a^2 b + 2 a^3) operations.
+writes three; Muon's five rounds on an a x b matrix, a <= b, are 5 (4 a^2 b + 2 a^3) operations. Tokens of each layer
+wait for their ranks to agree on how many travel, then travel; either takes a latency, however few they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from shodh.model.cost import (
 from shodh.model.transformer import TransformerConfig
 from shodh.planning.arrangement import Workload, bytes_in_products, keep_of
 from shodh.planning.cluster import ClusterConfig
-from shodh.planning.traffic import count_exchanges, count_passes, count_traffic, exchange_bytes
+from shodh.planning.traffic import count_agreements, count_exchanges, count_passes, count_traffic, exchange_bytes
 from shodh.training.objectives import ForecastConfig
 from shodh.training.optimizers import is_hidden_matrix
 
@@ -40,7 +41,7 @@ class StepTime(NamedTuple):
     optimizer: float
     reduction: float
     all_to_all: float  # all of it
-    hidden: float  # the part of it during which shared experts compute
+    hidden: float  # the part of it during which shared experts compute: tokens travel, nothing is agreed on
 
     @property
     def total(self) -> float:
@@ -58,13 +59,13 @@ def forecast_step(workload: Workload, cluster: ClusterConfig) -> StepTime:
     named = name_parameters(workload.model)
     traffic = count_traffic(workload, cluster)
     compute = _seconds_of_compute(workload, cluster, count_by_kind(named))
-    all_to_all = _seconds_of_exchange(workload, cluster)
+    travelling, agreeing = _seconds_of_exchange(workload, cluster)
     return StepTime(
         compute,
         _seconds_of_optimizer(workload, cluster, named),
         traffic.reduction / (_reduction_bandwidth(cluster) * GIGA),
-        all_to_all,
-        min(all_to_all, compute * _share_of_shared(workload)),
+        travelling + agreeing,
+        min(travelling, compute * _share_of_shared(workload)),
     )
 
 
@@ -142,15 +143,20 @@ def _seconds_of_optimizer(
     )
 
 
-def _seconds_of_exchange(workload: Workload, cluster: ClusterConfig) -> float:
-    """What goes to other nodes and what stays within one travel side by side; a group is of successive ranks."""
+def _seconds_of_exchange(workload: Workload, cluster: ClusterConfig) -> tuple[float, float]:
+    """Of tokens that travel, and of agreeing on their number, for which the host waits.
+
+    What goes to other nodes and what stays within one travel side by side; a group is of successive ranks.
+    """
     peers = workload.engine.expert_parallel - 1
     if peers == 0:
-        return 0.0
+        return 0.0, 0.0
     near = min(workload.engine.expert_parallel, cluster.gpus_per_node) - 1
-    sent = workload.engine.accumulation * count_exchanges(workload) * exchange_bytes(workload, cluster) / GIGA
     within, beyond = near / peers / cluster.node_bandwidth, (1 - near / peers) / cluster.network_bandwidth
-    return sent * max(within, beyond)
+    latency = cluster.latency_microseconds * 1e-6
+    journey = latency + exchange_bytes(workload, cluster) * max(within, beyond) / GIGA
+    rounds = workload.engine.accumulation
+    return rounds * count_exchanges(workload) * journey, rounds * count_agreements(workload) * latency
 
 
 def _share_of_shared(workload: Workload) -> float:

@@ -46,7 +46,9 @@ def _describe(plan: Plan, cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     yield "all-to-all, waited for", f"{step.all_to_all_share:.1%}"
     yield "tokens a second", f"{plan.tokens_per_second:.3g}"
     yield "TFLOP/s of each rank", f"{plan.teraflops_per_second:.3g} ({plan.utilisation:.0%} MFU)"
-    yield "checkpoint", f"{format_bytes(plan.checkpoint_bytes)}, {format_seconds(plan.checkpoint_seconds)}"
+    yield "checkpoint", format_bytes(plan.checkpoint_bytes)
+    yield "checkpoint: training waits", format_seconds(plan.checkpoint_waiting)
+    yield "checkpoint: until written", format_seconds(plan.checkpoint_seconds)
     yield "hours", f"{plan.hours:.3g}"
     yield "GPU-hours", f"{plan.gpu_hours:.3g}"
     if cluster.price_per_gpu_hour:

@@ -52,6 +52,12 @@ def count_exchanges(workload: Workload) -> float:
     return workload.model.depth * (2 * (predicted + led) + (4 if workload.model.recompute else 2) * predicted)
 
 
+def count_agreements(workload: Workload) -> float:
+    """Of every micro-step: one a layer and forward pass on how many tokens travel, one more where it is recomputed."""
+    predicted, led = count_passes(workload)
+    return workload.model.depth * (predicted + led + (predicted if workload.model.recompute else 0))
+
+
 def exchange_bytes(workload: Workload, cluster: ClusterConfig) -> float:
     """What a rank sends when the tokens of one layer go to their experts, or back: (1 - 1/EP) of k copies of them."""
     keeping = keep_of(workload, cluster, 1)

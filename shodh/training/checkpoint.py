@@ -8,7 +8,6 @@ the number of ranks, the ZeRO stage and how ranks share out experts may change o
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shodh.config import ConfigError, dump_config
+from shodh.disk import sync
 from shodh.training.engine import expert_group_of, moment_names, plain_optimizer, set_state
 from shodh.training.loop import StepRecord
 
@@ -91,11 +91,11 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Tensor], run: dic
         digests = {path.name: digest_file(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -280,11 +280,3 @@ def _full_tensors(engine: Any, parameter: nn.Parameter) -> Mapping[str, Tensor]:
     for moment in moment_names(engine, parameter):
         tensors[moment] = safe_get_full_optimizer_state(parameter, moment)
     return tensors
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,7 +24,8 @@ def test_the_table_holds_the_configuration_and_the_recommendation_and_starts_no_
     assert done.returncode == 0, done.stderr[-2000:]
     header, *_, recommended = done.stdout.splitlines()
     assert header.split() == ["as", "configured", "recommended"]
-    for part in ("memory of each rank", "seconds of a step", "all-to-all, waited for", "checkpoint", "GPU-hours"):
+    parts = ("memory of each rank", "seconds of a step", "all-to-all, waited for", "GPU-hours")
+    for part in (*parts, "checkpoint: training waits", "checkpoint: until written"):
         assert part in done.stdout
     assert recommended.startswith("recommended: engine.zero_stage=")
     assert "shodh.planning" in done.stderr and "deepspeed" not in done.stderr

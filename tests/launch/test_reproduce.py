@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cpu_environment
 from pieces import run_piece
-from reproduction import Reproduction, Step, list_steps, require_domains
+from reproduction import Reproduction, Step, list_steps, require_domains, select_results
 
 from shodh.config import ConfigError, load_config, parse_config
 from shodh.evaluation.published_table import PUBLISHED
+from shodh.training.checkpoint import MANIFEST, write_checkpoint
 from tokenizer.export import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +132,7 @@ def test_second_call_trains_nothing_and_prints_the_table_again(whole):
     assert json.loads((folder / "export" / "table.json").read_text())["rows"]
 
 
-def wait_step(tmp_path: Path, script: str) -> Step:
+def wait_step(tmp_path: Path, script: str, is_training: bool = False) -> Step:
     """A step that is a Python script, done when it has left a file and as far as it has written."""
     (tmp_path / "step.py").write_text(script)
     notes = tmp_path / "notes"
@@ -139,6 +141,7 @@ def wait_step(tmp_path: Path, script: str) -> Step:
         [str(tmp_path / "step.py"), str(tmp_path)],
         lambda: (tmp_path / "done").exists(),
         lambda: notes.read_text() if notes.exists() else "its beginning",
+        is_training,
     )
 
 
@@ -161,10 +164,17 @@ def test_a_step_is_told_to_stop_in_time_and_what_it_keeps_is_named(tmp_path):
 
 def test_a_step_that_does_not_listen_is_ended_within_the_piece(tmp_path):
     deaf = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(60)"
-    begun = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"^minutes=0.05: wait was still at its beginning after all of them"):
-        run_piece([wait_step(tmp_path, deaf)], tmp_path, 3.0, 1.0)
+    begun, said = time.monotonic(), "^minutes=0.05: wait was still at its beginning after all of them. Raise minutes"
+    with pytest.raises(RuntimeError, match=rf"{said}, or write its checkpoints more often\.$"):
+        run_piece([wait_step(tmp_path, deaf, is_training=True)], tmp_path, 3.0, 1.0)
     assert time.monotonic() - begun < 6
+    with pytest.raises(RuntimeError, match=rf"{said}\.$"):  # what writes no checkpoints is not to write more of them
+        run_piece([wait_step(tmp_path, deaf)], tmp_path, 3.0, 1.0)
+
+
+def test_a_step_that_fails_after_it_was_told_to_stop_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="^wait: ended with code 3, see above"):
+        run_piece([wait_step(tmp_path, LISTENS.replace("75", "3"))], tmp_path, 12.0, 10.0)
 
 
 def test_what_a_stopped_step_started_ends_with_it(tmp_path):
@@ -217,6 +227,21 @@ def test_domains_are_those_that_the_first_piece_settled(tmp_path, monkeypatch):
     other = load_config(Reproduction, CONFIG, [*folders(tmp_path), "domains=[open_channel]"])
     with pytest.raises(ConfigError, match="was begun with"):
         require_domains(other)
+
+
+def test_the_newest_checkpoint_that_is_intact_is_exported(tmp_path, capsys):
+    config = load_config(Reproduction, CONFIG, folders(tmp_path))
+    checkpoints = config.run / "checkpoints" / "tokenizer"
+    for step in (2, 4):
+        write_checkpoint(checkpoints, step, {"weight": torch.ones(8)}, {"record": {"config": {}}})
+    assert f"checkpoints/tokenizer/step-4/{MANIFEST}" in select_results(config)
+    state = checkpoints / "step-4" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    chosen = {Path(name).parent.name for name in select_results(config)}
+    assert chosen == {"step-2"} and "state.safetensors is truncated or altered" in capsys.readouterr().err
+    shutil.rmtree(checkpoints / "step-2")
+    with pytest.raises(ConfigError, match="none of 1 is intact"):
+        select_results(config)
 
 
 @pytest.mark.parametrize("size", ["debug", "base"])

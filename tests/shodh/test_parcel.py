@@ -35,12 +35,14 @@ def test_unpacked_files_are_those_packed_and_no_part_is_larger_than_allowed(file
     )
 
 
-def test_contents_state_the_digest_of_every_file(files, tmp_path):
+def test_contents_state_the_digest_of_every_part_and_the_size_of_every_file(files, tmp_path):
     pack(files, tmp_path / "parcel", 100)
     contents = json.loads((tmp_path / "parcel" / CONTENTS).read_text())["files"]
     for name, file in files.items():
-        assert contents[name]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-        assert contents[name]["size"] == file.stat().st_size
+        content, parts = file.read_bytes(), contents[name]["parts"]
+        pieces = [content[100 * k : 100 * (k + 1)] for k in range(len(parts))]
+        assert [part["sha256"] for part in parts] == [hashlib.sha256(piece).hexdigest() for piece in pieces]
+        assert b"".join(pieces) == content and contents[name]["size"] == len(content)
 
 
 @pytest.mark.parametrize("part", ["small.json", "deep/many.part-007", "deep/er/split.part-001"])
@@ -71,13 +73,38 @@ def test_a_parcel_that_names_files_outside_is_refused(files, tmp_path, name):
         unpack(tmp_path / "parcel", tmp_path / "there")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"files": {"a": {}}}'])
+UNREADABLE = (
+    "",
+    "{",
+    "[]",
+    '{"files": 3}',
+    '{"files": {"a": {}}}',
+    '{"files": {"small.json": {"size": 99, "parts": [{"name": "small.json", "size": 99}]}}}',
+    '{"files": {"small.json": {"size": 99, "parts": []}}}',
+)
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_unreadable_contents_are_one_line(files, tmp_path, text):
     pack(files, tmp_path / "parcel", 100)
     (tmp_path / "parcel" / CONTENTS).write_text(text)
     with pytest.raises(ConfigError, match=r"^import=.*parcel.json cannot be read") as caught:
         unpack(tmp_path / "parcel", tmp_path / "there")
     assert "\n" not in str(caught.value)
+
+
+def test_parts_that_did_not_change_stay_the_files_they_were_and_damaged_ones_are_written_again(files, tmp_path):
+    parcel = tmp_path / "parcel"
+    pack(files, parcel, 100)
+    content = files["deep/many"].read_bytes()
+    files["deep/many"].write_bytes(content[:-1] + b"!")  # in the last of 13 parts
+    (parcel / "whole").write_bytes(b"x" * 100)
+    before = {path: path.stat().st_ino for path in parcel.rglob("*") if path.is_file()}
+    pack(files, parcel, 100)
+    written = {str(path.relative_to(parcel)) for path in before if path.stat().st_ino != before[path]}
+    assert written == {"deep/many.part-012", "whole", CONTENTS}
+    unpack(parcel, tmp_path / "there")
+    assert all((tmp_path / "there" / name).read_bytes() == file.read_bytes() for name, file in files.items())
 
 
 def test_a_new_parcel_replaces_the_old_one_whole_and_nothing_else(files, tmp_path):

@@ -1,6 +1,7 @@
 """Files of named tensors: parts stay apart, and a failed write takes nothing away."""
 
 import hashlib
+import os
 
 import pytest
 import torch
@@ -40,3 +41,15 @@ def test_failed_write_is_one_line_and_leaves_nothing_half_done(tmp_path):
     with pytest.raises(ConfigError, match=r"^file=.*taken.safetensors: cannot be written [^\n]*\. Free disk space"):
         write_tensors(folder, TensorPart(TENSORS, {}))
     assert [path.name for path in tmp_path.iterdir()] == ["taken.safetensors"]
+
+
+def test_file_is_on_disk_before_it_takes_its_name_and_the_name_before_writing_returns(tmp_path, monkeypatch):
+    file, synced, fsync = tmp_path / "model.safetensors", [], os.fsync
+
+    def watch(descriptor: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), file.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    write_tensors(file, TensorPart(TENSORS, {}))
+    assert synced == [(str(file.with_suffix(".tmp")), False), (str(tmp_path), True)]

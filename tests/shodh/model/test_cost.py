@@ -1,17 +1,21 @@
 """Forecast costs of a model are those that are counted when it is built, run and taken back."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from shodh.fields import CONDITIONS, LatentBatch
 from shodh.model.cost import Keeping, block_bytes, count_by_kind, count_operations, name_parameters, saved_bytes
 from shodh.model.transformer import LatentTransformer, TransformerConfig, find_stacks
 from shodh.training.objectives import ForecastConfig, ForecastObjective
+
+sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))  # last: its tokenizer.py is not the package
+
+from operation_counter import counting_operations  # noqa: E402
+from random_latents import make_latents  # noqa: E402
 
 SMALL = TransformerConfig(
     latent_channels=10, medium_channels=3, width=48, depth=2, num_heads=3, num_experts=5, hidden=37, semantic_width=11
@@ -35,12 +39,7 @@ def single_process(tmp_path):
 
 def make_training(config, side, num_samples, num_predicted, low):
     model = LatentTransformer(config)
-    batch = LatentBatch(
-        torch.randn(num_samples, 3 + num_predicted, config.latent_channels, side, side, side),
-        torch.randn(num_samples, config.medium_channels, side, side, side),
-        torch.randn(num_samples, len(CONDITIONS)),
-        torch.zeros(num_samples, dtype=torch.int64),
-    )
+    batch = make_latents(config, num_samples, num_predicted, (side, side, side))
     objective = ForecastObjective(ForecastConfig(unroll=((0, num_predicted),)))
 
     def run():
@@ -53,11 +52,6 @@ def make_training(config, side, num_samples, num_predicted, low):
         return terms["total"], routed
 
     return model, batch, run
-
-
-def count_added_product(total, left, right, out_shape=None, **choices):
-    """Of shapes; PyTorch's counter leaves out products that are added in place."""
-    return 2 * left[0] * left[1] * right[1]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -74,8 +68,7 @@ def test_parameters_of_each_kind_are_those_of_the_built_model(config):
 def test_operations_are_those_that_pytorch_counts(single_process, config, num_predicted):
     side, num_samples = 4, 2
     _, _, run = make_training(config, side, num_samples, num_predicted, low=4)
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: count_added_product})
-    with counter, sdpa_kernel(SDPBackend.MATH):  # it does not see the CPU's fused attention
+    with counting_operations() as counter:
         loss, _ = run()
         forward = counter.get_total_flops()
         loss.backward()

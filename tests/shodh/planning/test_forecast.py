@@ -99,10 +99,23 @@ def test_gradients_of_experts_travel_between_the_ranks_that_hold_the_same_ones()
 
 
 def test_tokens_that_leave_the_node_wait_for_its_slower_link():
-    near, far = (forecast_step(make_workload(expert_parallel=size), CLUSTER).all_to_all for size in (4, 8))
+    prompt = replace(CLUSTER, latency_microseconds=0.0)
+    near, far = (forecast_step(make_workload(expert_parallel=size), prompt).all_to_all for size in (4, 8))
     sent = [count_traffic(make_workload(expert_parallel=size), CLUSTER).all_to_all for size in (4, 8)]
     assert near == pytest.approx(sent[0] / 450e9)
     assert far == pytest.approx(sent[1] * 4 / 7 / 50e9)  # four of seven peers stand on the other node
+
+
+@pytest.mark.parametrize(("recompute", "in_a_layer", "agreed"), [(False, 5, 1), (True, 8, 2)])
+def test_every_exchange_has_a_latency_and_shared_experts_hide_none_of_what_the_host_waits_for(
+    recompute, in_a_layer, agreed
+):
+    workload = make_workload(replace(MODEL, recompute=recompute), expert_parallel=8, accumulation=3)
+    at_once = replace(CLUSTER, node_bandwidth=1e12, network_bandwidth=1e12, latency_microseconds=1.0)
+    step = forecast_step(workload, at_once)
+    assert step.all_to_all == pytest.approx(3 * MODEL.depth * in_a_layer * 1e-6, rel=1e-4)
+    assert step.all_to_all - step.hidden >= 3 * MODEL.depth * agreed * 1e-6 * (1 - 1e-9)
+    assert forecast_step(make_workload(), at_once).all_to_all == 0
 
 
 @pytest.mark.parametrize("field", ["peak_teraflops", "memory_bandwidth", "node_bandwidth", "network_bandwidth"])
@@ -143,12 +156,25 @@ def test_operations_of_a_step_follow_what_it_draws():
 def test_a_plan_adds_up():
     workload = make_workload(zero_stage=1, expert_parallel=4)
     plan = forecast(workload, CLUSTER)
-    seconds = 100 * plan.step.total + 10 * plan.checkpoint_seconds
-    assert plan.hours == pytest.approx(seconds / 3600)
+    size = count_checkpoint_bytes(workload)
+    copying, writing = size / 50e9, size / 1e9  # to rank 0 over its link to other nodes, then to disk
+    assert writing < 10 * plan.step.total  # so that only the last of ten checkpoints is waited for
+    assert plan.checkpoint_seconds == pytest.approx(copying + writing)
+    assert plan.checkpoint_waiting == pytest.approx(copying)
+    assert plan.hours == pytest.approx((100 * plan.step.total + 10 * copying + writing) / 3600)
     assert plan.gpu_hours == pytest.approx(8 * plan.hours) and plan.cost == pytest.approx(2 * plan.gpu_hours)
     assert plan.memory.total == sum(plan.memory)
     assert plan.utilisation < CLUSTER.utilisation
     assert plan.tokens_per_second == pytest.approx(64 * 8**3 / plan.step.total)
+
+
+def test_training_waits_for_what_a_slow_disk_has_not_written_when_the_next_checkpoint_is_due():
+    workload, slow = make_workload(), replace(CLUSTER, disk_bandwidth=0.01)
+    plan, size = forecast(workload, slow), count_checkpoint_bytes(workload)
+    late = size / 0.01e9 - 10 * plan.step.total
+    assert late > 0
+    assert plan.hours == pytest.approx((100 * plan.step.total + 10 * size / 50e9 + 9 * late + size / 0.01e9) / 3600)
+    assert plan.checkpoint_waiting == pytest.approx(size / 50e9 + late)
 
 
 def test_what_will_cost_more_than_it_need_is_named():
@@ -163,7 +189,9 @@ def test_what_will_cost_more_than_it_need_is_named():
     slow = replace(CLUSTER, node_bandwidth=0.1, network_bandwidth=0.1)
     assert "is spent waiting for tokens" in warnings_of(make_workload(expert_parallel=8), slow)
     assert "memory=" in warnings_of(make_workload(), replace(CLUSTER, memory_gigabytes=0.01))
-    assert "checkpoints take" in warnings_of(make_workload(), replace(CLUSTER, disk_bandwidth=1e-3))
+    assert "of the time for checkpoints. Raise it." in warnings_of(
+        make_workload(), replace(CLUSTER, disk_bandwidth=1e-3)
+    )
     generous = replace(CLUSTER, disk_bandwidth=1e6)
     assert warnings_of(make_workload(batch_size=64), generous) == ""
 

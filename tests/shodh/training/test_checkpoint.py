@@ -67,7 +67,7 @@ def test_an_unfinished_write_is_no_checkpoint(folder, monkeypatch):
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_sync", die)
+    monkeypatch.setattr(checkpoint, "sync", die)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(folder, 40, state(40), RUN)
     monkeypatch.undo()
