@@ -68,10 +68,11 @@ def measure(folder: Path, seeds: Sequence[int], num_steps: int) -> list[Figure]:
     shared = {f"ZeRO {stage}": train_all(2, stage) for stage in (0, 1, 2)}
     shared["ZeRO 2, recomputed"] = train_all(2, 2, recompute=True)
     saved = [move(folder, seed, FIRST, "start", "saved", (0, SAVED)) for seed in seeds]
-    muon = {"optimizer": "muon"}
+    muon: dict[str, Any] = {"optimizer": "muon"}
+    as_one = {"as_one": num_steps // 2}
     plain = {"plain": train_all(1, 0), "muon plain": train_all(1, 0, **muon), "muon": train_all(2, 0, **muon)}
-    two = run_tasks(folder, 2, shared | plain | {"saved": saved})
-    alone = {"alone": train_all(1, 0), "muon alone": train_all(1, 0, **muon)}
+    two = run_tasks(folder, 2, shared | plain | {"as one": train_all(2, 1, **as_one), "saved": saved})
+    alone = {"alone": train_all(1, 0), "muon alone": train_all(1, 0, **muon), "as one": train_all(1, 0, **as_one)}
     one = run_tasks(folder, 1, alone | leave(folder, seeds, 1))
     four = run_tasks(folder, 4, leave(folder, seeds, 4))
     last = run_tasks(folder, 2, leave(folder, seeds, 2) | come_back(folder, seeds))
@@ -79,6 +80,7 @@ def measure(folder: Path, seeds: Sequence[int], num_steps: int) -> list[Figure]:
     return [
         stated("2 ranks, all experts on each: loss off one rank's", furthest(two["plain"], one["alone"]), "of it"),
         *judge_losses({name: two[name] for name in shared}, one["alone"]),
+        judge_loss("ZeRO 1, begun as one", two["as one"], one["as one"]),
         *judge_muon(two["muon"], two["muon plain"], one["muon alone"]),
         *judge_moves(folder, seeds, {way: outcomes[name_of(way)] for way in OTHERS}, two["ZeRO 2"]),
     ]

@@ -22,13 +22,14 @@ from data.latents import open_latents  # noqa: E402
 from data.mixture import LatentMixture, MixtureConfig, stream  # noqa: E402
 from shodh.config import load_config  # noqa: E402
 from shodh.model import exchange  # noqa: E402
-from shodh.model.transformer import LatentTransformer, TransformerConfig  # noqa: E402
+from shodh.model.transformer import LatentTransformer, TransformerConfig, find_stacks  # noqa: E402
 from shodh.training.checkpoint import collect_state, read_checkpoint, restore_state, write_checkpoint  # noqa: E402
 from shodh.training.engine import EngineConfig, build_engine, create_expert_group, distributed  # noqa: E402
 from shodh.training.loop import LoopConfig, StepRecord, train  # noqa: E402
 from shodh.training.objectives import ForecastConfig, ForecastObjective  # noqa: E402
 from shodh.training.optimizers import OptimizerName  # noqa: E402
 from shodh.training.schedule import ScheduleConfig  # noqa: E402
+from shodh.training.upcycling import TrainAsOne  # noqa: E402
 
 MODEL = TransformerConfig(width=32, depth=2, num_heads=2, num_experts=8, hidden=48, semantic_width=8, medium_channels=4)
 NUM_STEPS = 50  # of the schedule, however few of them a task takes
@@ -48,6 +49,7 @@ class Task:
     write: str = ""  # folder for the state after the last step
     recompute: bool = False
     optimizer: OptimizerName = "adamw"
+    as_one: int = 0  # steps for which all experts are one
 
 
 @dataclass(kw_only=True)
@@ -135,7 +137,9 @@ def carry_out(task: Task, mixture: LatentMixture, group: Any) -> Outcome:
         optimizer=task.optimizer,
     )
     model_config = TransformerConfig(**{**asdict(MODEL), "recompute": task.recompute})
-    engine = build_engine(LatentTransformer(model_config, ranks), config, group.device)
+    model = LatentTransformer(model_config, ranks)
+    as_one = TrainAsOne(find_stacks(model), task.as_one)
+    engine = build_engine(model, config, group.device)
     if task.read:
         restore_state(engine, read_checkpoint(Path(task.read))[0])
     keep_state(engine, task.restored, task.first)
@@ -148,7 +152,7 @@ def carry_out(task: Task, mixture: LatentMixture, group: Any) -> Outcome:
                 watch,
                 lambda step: stream(mixture, step, group.device, group.rank, group.size),
                 LoopConfig(schedule=schedule, seed=task.seed),
-                [watch],
+                [as_one, watch],
                 task.first,
             )
         except StopIteration:

@@ -14,7 +14,7 @@ from expert_parallel import judge_losses, measure, write_random_latents  # noqa:
 def test_experts_shared_out_change_no_loss_and_states_move_between_ways_to_the_last_bit(tmp_path):
     write_random_latents(tmp_path / "latents")
     figures = measure(tmp_path, seeds=(0,), num_steps=6)
-    assert len(figures) == 11 and all(figure.holds for figure in figures), figures
+    assert len(figures) == 12 and all(figure.holds for figure in figures), figures
     sent = next(figure for figure in figures if figure.name.startswith("bytes sent"))
     assert sent.value > 0
 

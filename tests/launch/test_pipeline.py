@@ -227,6 +227,13 @@ def test_two_ranks_say_it_once(prepared):
     one_line_error(launch("pretrain.py", prepared, "model.widht=64", ranks=2))
 
 
+@pytest.mark.distributed
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_in_one_line(prepared, tmp_path):
+    (tmp_path / "checkpoints").touch()
+    line = one_line_error(launch("pretrain.py", prepared, f"run={tmp_path}", ranks=2))
+    assert re.search(r"checkpoints/pretrain/step-2: cannot be written .*older checkpoints are untouched", line), line
+
+
 def test_truncated_checkpoint_is_skipped_for_an_older_one_and_nothing_is_lost(pretrained, tmp_path):
     shutil.copytree(pretrained / "run" / "checkpoints", tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints" / "pretrain" / "step-40" / "state.safetensors"
