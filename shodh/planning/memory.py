@@ -17,10 +17,8 @@ from torch import nn
 from shodh.model.cost import FULL, block_bytes, count_by_kind, is_routed, measure_sizes, name_parameters, saved_bytes
 from shodh.planning.arrangement import LOW, Workload, bytes_in_products, keep_of, most_predicted
 from shodh.planning.cluster import ClusterConfig
+from shodh.training.engine import BUCKET
 from shodh.training.optimizers import ADAMW_MOMENTS, MUON_MOMENTS, OptimizerName, is_hidden_matrix
-
-# Numbers in the buffer that ZeRO 1 and 2 collect gradients in before they reduce them: DeepSpeed's own choice.
-BUCKET = 5e8
 
 
 class Memory(NamedTuple):
@@ -68,15 +66,14 @@ def count_moments(named: Sequence[tuple[str, nn.Parameter]], optimizer: Optimize
 
 
 def _gradient_buffers(workload: Workload, cluster: ClusterConfig, local: float) -> float:
-    """ZeRO fills a bucket for each precision that gradients travel in; else they are joined to be reduced.
+    """ZeRO takes a bucket for each precision that gradients travel in; else they are joined to be reduced.
 
-    A bucket is taken whole on CUDA; of memory that a CPU's process asks for only what is written counts.
+    On a CPU only what is written of a bucket counts, and that is one.
     """
-    if workload.engine.zero_stage == 0:
-        return FULL * min(local, BUCKET) if cluster.num_ranks > 1 else 0.0
-    if cluster.device == "cpu":
-        return FULL * min(local, BUCKET)
-    return FULL * BUCKET * (2 if bytes_in_products(workload.engine, cluster) == LOW else 1)
+    if workload.engine.zero_stage == 0 and cluster.num_ranks == 1:
+        return 0.0
+    both = workload.engine.zero_stage > 0 and bytes_in_products(workload.engine, cluster) == LOW
+    return float(FULL * min(local, BUCKET) * (2 if both and cluster.device == "cuda" else 1))
 
 
 def _token_buffers(workload: Workload, cluster: ClusterConfig) -> float:

@@ -33,6 +33,10 @@ OWNED_KEYS = {
     "torch_autocast",
 }
 
+# Numbers at most in the buffer in which ZeRO 1 and 2 collect gradients, for each precision: DeepSpeed's own choice,
+# which it takes whole, however few parameters there are.
+BUCKET = 500_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -190,12 +194,13 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
     world = dist.get_world_size()
     if config.batch_size % world:
         raise ConfigError(f"engine.batch_size={config.batch_size}: {world} ranks do not divide it. Choose a multiple.")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     low_precision = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     deepspeed_config = {
         "train_micro_batch_size_per_gpu": config.batch_size // world,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.gradient_clipping,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(BUCKET, num_parameters)},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": low_precision, "dtype": "bfloat16"},
         "steps_per_print": 10**9,

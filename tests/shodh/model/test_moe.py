@@ -8,6 +8,7 @@ from shodh.model import swiglu
 from shodh.model.experts import SharedExpert, StackedExperts
 from shodh.model.moe import MixtureOfExperts
 from shodh.model.router import SemanticRouter
+from shodh.training.balance import count_tokens
 
 
 def make_mixture(num_experts: int = 4, top_k: int = 1) -> MixtureOfExperts:
@@ -89,8 +90,10 @@ def test_nothing_waits_for_the_device_where_there_is_a_grouped_kernel(monkeypatc
     monkeypatch.setattr(swiglu, "has_grouped_kernel", lambda rows: True)
     mixture, tokens = make_mixture(top_k=2), torch.randn(4, 64, 16, requires_grad=True)
     with ForbidWaiting(), torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _ = mixture(tokens)
+        output, routing = mixture(tokens)
         output.float().sum().backward()
+        count = count_tokens(routing)
+    assert count.sum() == 2 * 4 * 64
     with pytest.raises(AssertionError, match="waits for the device"), ForbidWaiting():
         mixture(tokens)[0].max().item()
 

@@ -9,10 +9,11 @@ from planned_training import CLUSTER, MODEL, make_workload
 from shodh.config import ConfigError
 from shodh.model.cost import count_by_kind, count_operations, name_parameters
 from shodh.model.transformer import LatentTransformer
-from shodh.planning.memory import BUCKET, forecast_memory
+from shodh.planning.memory import forecast_memory
 from shodh.planning.plan import count_checkpoint_bytes, forecast, list_warnings
 from shodh.planning.step_time import count_drawn, forecast_step, step_operations
 from shodh.planning.traffic import count_passes, count_traffic
+from shodh.training.engine import BUCKET
 from shodh.training.optimizers import build_optimizer, create_moments
 
 
@@ -61,10 +62,13 @@ def test_the_optimizer_s_memory_and_the_checkpoint_are_those_of_the_one_that_is_
     assert count_checkpoint_bytes(workload) == size + sum(p.nbytes for p in model.parameters())
 
 
-def test_zero_s_buckets_are_taken_whole_on_cuda_one_for_each_precision():
+def test_zero_has_a_bucket_for_each_precision_as_large_as_the_gradients_at_most():
     in_low = forecast_memory(make_workload(zero_stage=1), CLUSTER)
     in_full = forecast_memory(make_workload(zero_stage=1, precision="fp32"), CLUSTER)
-    assert (in_low.buffers, in_full.buffers) == (2 * 4 * BUCKET, 4 * BUCKET)
+    assert in_full.buffers == in_full.parameters and in_low.buffers == 2 * in_full.buffers
+    huge = make_workload(zero_stage=1, precision="fp32")
+    huge = replace(huge, model=replace(huge.model, width=8192, num_heads=64, hidden=32768))
+    assert forecast_memory(huge, CLUSTER).buffers == 4 * BUCKET
     alone = replace(CLUSTER, num_nodes=1, gpus_per_node=1)
     assert forecast_memory(make_workload(), alone).buffers == 0
 

@@ -71,5 +71,5 @@ def test_where_nothing_fits_one_line_says_what_is_missing_and_what_to_change():
     with pytest.raises(ConfigError) as caught:
         recommend(workload, replace(CLUSTER, memory_gigabytes=0.25))
     message = str(caught.value)
-    assert message.startswith("cluster.memory_gigabytes=0.25: no arrangement fits; the smallest (ZeRO 0")
+    assert message.startswith("cluster.memory_gigabytes=0.25: no arrangement fits; the smallest (ZeRO 2")
     assert "more than can be used" in message and "larger GPUs" in message and "\n" not in message
