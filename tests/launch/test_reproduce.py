@@ -106,7 +106,7 @@ def test_pieces_on_two_machines_give_what_one_piece_gives_to_the_last_bit(whole,
     shutil.copytree(whole[0] / "stores", tmp_path / "stores")
     piece = interrupt(tmp_path, "run/checkpoints/tokenizer/step-2")
     assert piece.returncode == 75 and re.search(
-        r"piece done: train_tokenizer at step [246] of 6; the same", piece.stdout
+        r"piece done: train_tokenizer at step [2-6] of 6; the same", piece.stdout
     )
     piece = interrupt(tmp_path, "run/checkpoints/pretrain/step-2")
     assert piece.returncode == 75 and re.search(r"piece done: pretrain at step [2-8] of 8; the same", piece.stdout)
