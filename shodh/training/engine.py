@@ -167,7 +167,7 @@ def create_expert_group(expert_parallel: int) -> dist.ProcessGroup | None:
         raise ConfigError(f"engine.expert_parallel={expert_parallel}: does not divide {world} ranks. Choose a divisor.")
     if expert_parallel == 1:
         return None
-    name = expert_group_name(expert_parallel)
+    name = f"ep_size_{expert_parallel}"  # what DeepSpeed calls such a group
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel)
     return groups._get_expert_parallel_group(name)
@@ -176,11 +176,6 @@ def create_expert_group(expert_parallel: int) -> dist.ProcessGroup | None:
 def expert_group_of(parameter: Tensor) -> dist.ProcessGroup | None:
     """The ranks each of which holds a slice of what this parameter is a slice of; None where it is whole."""
     return getattr(parameter, "expert_group", None)
-
-
-def expert_group_name(expert_parallel: int) -> str:
-    """What DeepSpeed calls such a group."""
-    return f"ep_size_{expert_parallel}"
 
 
 def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -> Any:
@@ -223,11 +218,11 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
 
 def _mark_slices(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of which this rank holds a slice, marked so that DeepSpeed reduces over ranks with the same."""
-    slices = [parameter for parameter in model.parameters() if expert_group_of(parameter) is not None]
-    for parameter in slices:
+    slices = [(parameter, group) for parameter in model.parameters() if (group := expert_group_of(parameter))]
+    for parameter, group in slices:
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-        parameter.group_name = expert_group_name(expert_group_of(parameter).size())  # pyright: ignore
-    return slices
+        parameter.group_name = f"ep_size_{group.size()}"  # pyright: ignore[reportAttributeAccessIssue]
+    return [parameter for parameter, _ in slices]
 
 
 def _part_groups(optimizer: torch.optim.Optimizer) -> None:
@@ -236,13 +231,13 @@ def _part_groups(optimizer: torch.optim.Optimizer) -> None:
         slices = [parameter for parameter in group["params"] if expert_group_of(parameter) is not None]
         if not slices:
             continue
-        name = expert_group_name(expert_group_of(slices[0]).size())  # pyright: ignore[reportOptionalMemberAccess]
         whole = [parameter for parameter in group["params"] if expert_group_of(parameter) is None]
+        marks = {"moe": True, "name": slices[0].group_name}
         if whole:
             group["params"] = whole
-            optimizer.add_param_group({**group, "params": slices, "moe": True, "name": name})
+            optimizer.add_param_group({**group, "params": slices, **marks})
         else:
-            group.update(moe=True, name=name)
+            group.update(marks)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The latent transformer: starts at persistence, sees physics only, and can learn."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,25 @@ def test_changes_are_seen_in_units_of_their_own_size_which_is_told():
     assert not relative_change(10.0).allclose(relative_change(1.0), rtol=1e-2)
     torch.nn.init.zeros_(model.condition[0].weight[:, len(CONDITIONS) :])
     torch.testing.assert_close(relative_change(10.0), relative_change(1.0), rtol=1e-3, atol=1e-4)
+
+
+def test_recomputed_blocks_give_the_same_gradients_to_the_last_bit_and_keep_less():
+    batch, model, found = make_batch(), make_model(), []
+    for recompute in (False, True):
+        again = LatentTransformer(replace(SMALL, recompute=recompute))
+        again.load_state_dict(model.state_dict())
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = predict(again, batch).latent.square().mean()
+        found.append((sum(kept.values()), torch.autograd.grad(loss, list(again.parameters()), allow_unused=True)))
+    (more, plain), (less, recomputed) = found
+    assert all(a is b if a is None else torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert less < more / 2
 
 
 @pytest.mark.parametrize("patch", [1, 2])
