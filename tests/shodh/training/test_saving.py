@@ -225,7 +225,7 @@ with distributed(threads_per_rank=1) as group:
 """
 
 
-@pytest.mark.parametrize("where", ["digest_file", "_sync"])  # before its manifest is there; before it is renamed
+@pytest.mark.parametrize("where", ["digest_file", "sync"])  # before its manifest is there; before it is renamed
 def test_a_process_killed_in_the_midst_of_a_write_leaves_the_checkpoint_before(where, tmp_path):
     command = [sys.executable, "-c", HALF_WRITTEN, tmp_path, where]
     with subprocess.Popen(command, env=cpu_environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -234,7 +234,7 @@ def test_a_process_killed_in_the_midst_of_a_write_leaves_the_checkpoint_before(w
         finally:
             os.kill(process.pid, signal.SIGKILL)
     half = tmp_path / "step-2.tmp"
-    assert (half / "state.safetensors").is_file() and (half / "manifest.json").is_file() == (where == "_sync")
+    assert (half / "state.safetensors").is_file() and (half / "manifest.json").is_file() == (where == "sync")
     assert find_newest(tmp_path, pytest.fail) == tmp_path / "step-1"
     state, run = read_checkpoint(tmp_path / "step-1")
     assert write_checkpoint(tmp_path, 2, state, run) == find_newest(tmp_path, pytest.fail)
