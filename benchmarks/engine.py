@@ -49,13 +49,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and nothing compiled")
     quick = parser.parse_args(arguments).quick
-    num_rounds = 5 if quick else 25
+    num_rounds = 5 if quick else 61
     config = load_config(Pretraining, ROOT / "configs/pretrain/quickstart.yaml", ["objective.unroll=[]"])
     with distributed(threads_per_rank=1):
         torch.manual_seed(0)
         batches = [make_batch(config) for _ in range(8)]
-        figures = [*compare_steps(config, batches, num_rounds), *compare_saves(config, batches, num_rounds)]
-        return report("engine", figures if quick else [*figures, *compare_compiled(config, batches, num_rounds)])
+        figures = [*compare_steps(config, batches, num_rounds), *compare_saves(config, batches, min(num_rounds, 21))]
+        return report("engine", figures if quick else [*figures, *compare_compiled(config, batches, 21)])
 
 
 def compare_steps(config: Pretraining, batches: Sequence[LatentBatch], num_rounds: int) -> list[Figure]:
