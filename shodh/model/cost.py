@@ -176,11 +176,11 @@ def block_bytes(config: TransformerConfig, grid: Sequence[int], keeping: Keeping
 def _routed_bytes(config: TransformerConfig, tokens: int, keeping: Keeping) -> int:
     """Of k copies of every token: gate, order, and rows of the width and of hidden widths, as the experts are run.
 
-    Chunk by chunk two hidden widths are kept and no row; by one kernel four, and input, output and weighted output.
-    Rows that travel are kept as they arrived there, as they came back, and weighted.
+    Chunk by chunk two hidden widths are kept and the sorted input; by one kernel four, and input, output and weighted
+    output. Rows that travelled are kept as they came back, too, and weighted.
     """
     travels = keeping.expert_parallel > 1
-    rows, hidden = (3 + travels, 4) if keeping.grouped else (3 * travels, 2)
+    rows, hidden = (3 + travels, 4) if keeping.grouped else (1 + 2 * travels, 2)
     numbers = rows * config.width + hidden * _routed_width(config)
     return tokens * config.top_k * (numbers * keeping.low + FULL + 2 * INDEX)
 

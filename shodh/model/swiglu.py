@@ -55,8 +55,7 @@ def has_grouped_kernel(rows: Tensor) -> bool:
 
 def _apply_grouped(rows: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tensor) -> Tensor:
     end = dispatch.end.to(torch.int32)
-    sorted_rows = rows if dispatch.source is None else rows.index_select(0, dispatch.source)
-    gate, up = functional.grouped_mm(sorted_rows, gate_up, offs=end).chunk(2, -1)
+    gate, up = functional.grouped_mm(_sort(rows, dispatch.source), gate_up, offs=end).chunk(2, -1)
     output = functional.grouped_mm(functional.silu(gate) * up, down, offs=end)
     if dispatch.weight is not None:
         output = output * dispatch.weight[:, None].to(output.dtype)
@@ -89,25 +88,27 @@ class _NetworksByChunk(torch.autograd.Function):
         chunks: Sequence[_Chunk],
         keep: bool,
     ) -> Tensor:
-        output = torch.zeros_like(rows)
-        hidden = rows.new_empty(_longest(chunks), down.shape[1])
+        num_rows, rows = len(rows), _sort(rows, source)
+        output, hidden = torch.empty_like(rows), rows.new_empty(_longest(chunks), down.shape[1])
         products = []  # not one array for all: memory of that size is mapped anew each time, page by page
         for network, chunk, _ in chunks:
-            product = _take(rows, source, chunk) @ gate_up[network]
+            product = rows[chunk] @ gate_up[network]
             gate, up = product.chunk(2, -1)
-            made = torch.ops.aten.silu.out(gate, out=hidden[: len(product)]).mul_(up) @ down[network]
-            _add(output, source, chunk, made if weight is None else made.mul_(weight[chunk, None]))
+            gated = torch.ops.aten.silu.out(gate, out=hidden[: len(product)]).mul_(up)
+            torch.mm(gated, down[network], out=output[chunk])
+            if weight is not None:
+                output[chunk].mul_(weight[chunk, None])
             if keep:
                 products.append(product)
-        ctx.save_for_backward(rows, weight, gate_up, down, source, *products)
-        ctx.chunks = chunks
-        return output
+        ctx.save_for_backward(rows if keep else None, weight, gate_up, down, source, *products)
+        ctx.chunks, ctx.num_rows = chunks, num_rows
+        return _unsort(output, source, num_rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, gate_up, down, source, *products = ctx.saved_tensors
-        of_rows = torch.zeros_like(rows)
+        slopes, of_rows = _sort(slopes, source), torch.empty_like(rows)
         of_weight = None if weight is None else torch.zeros_like(weight)
         of_gate_up, of_down = (
             _gradient_like(matrices, ctx.chunks) if needed else None
@@ -119,7 +120,7 @@ class _NetworksByChunk(torch.autograd.Function):
             gate, up = product.chunk(2, -1)
             gated, hidden, of_hidden = buffers[:, : len(product)]
             torch.mul(torch.ops.aten.silu.out(gate, out=gated), up, out=hidden)
-            slope = _take(slopes, source, chunk)
+            slope = slopes[chunk]
             torch.mm(slope, down[network].T, out=of_hidden)
             if weight is not None and of_weight is not None:
                 of_weight[chunk] = torch.linalg.vecdot(hidden, of_hidden)
@@ -132,9 +133,9 @@ class _NetworksByChunk(torch.autograd.Function):
             torch.mul(of_hidden, gated, out=of_up)
             torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
             if of_gate_up is not None:
-                of_gate_up[network].addmm_(_take(rows, source, chunk).T, of_product, beta=not is_first)
-            _add(of_rows, source, chunk, of_product @ gate_up[network].T)
-        return of_rows, of_weight, of_gate_up, of_down, None, None, None
+                of_gate_up[network].addmm_(rows[chunk].T, of_product, beta=not is_first)
+            torch.mm(of_product, gate_up[network].T, out=of_rows[chunk])
+        return _unsort(of_rows, source, ctx.num_rows), of_weight, of_gate_up, of_down, None, None, None
 
 
 def _cut(end: Sequence[int], most: int) -> Iterator[_Chunk]:
@@ -148,15 +149,12 @@ def _longest(chunks: Sequence[_Chunk]) -> int:
     return max((chunk.rows.stop - chunk.rows.start for chunk in chunks), default=0)
 
 
-def _take(rows: Tensor, source: Tensor | None, chunk: slice) -> Tensor:
-    return rows[chunk] if source is None else rows.index_select(0, source[chunk])
+def _sort(rows: Tensor, source: Tensor | None) -> Tensor:
+    return rows if source is None else rows.index_select(0, source)
 
 
-def _add(total: Tensor, source: Tensor | None, chunk: slice, values: Tensor) -> None:
-    if source is None:
-        total[chunk] = values
-    else:
-        total.index_add_(0, source[chunk], values)
+def _unsort(rows: Tensor, source: Tensor | None, num_rows: int) -> Tensor:
+    return rows if source is None else rows.new_zeros(num_rows, rows.shape[1]).index_add_(0, source, rows)
 
 
 def _gradient_like(matrices: Tensor, chunks: Sequence[_Chunk]) -> Tensor:
