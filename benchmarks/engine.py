@@ -43,6 +43,7 @@ from shodh.training.optimizers import build_optimizer  # noqa: E402
 
 RATE = 1e-4
 SHORTEST = 0.1  # s, of a step
+FIRST = 10  # steps in which losses agree to 2 units of FP32 a step; later a token between two experts goes another way
 
 
 def main(arguments: list[str]) -> int:
@@ -67,12 +68,12 @@ def compare_steps(config: Pretraining, batches: Sequence[LatentBatch], num_round
         works[name], _ = step_engine(config, batches, stage, losses.setdefault(name, []))
     works["again"] = step_bare(config, batches, losses.setdefault("again", []))
     seconds = time_interleaved(works, num_rounds, time.process_time)
-    off = max(abs(a / b - 1) for name in works for a, b in zip(losses[name], losses["bare"], strict=True))
+    off = max(abs(a / b - 1) for name in works for a, b in zip(losses[name][:FIRST], losses["bare"], strict=False))
     return [
         at_least("bare step", seconds["bare"], SHORTEST, "s"),
         *(at_most(f"engine at ZeRO {i} over bare loop", seconds[f"ZeRO {i}"] / seconds["bare"], 1.10) for i in (0, 1)),
         control("bare loop over itself", seconds["again"] / seconds["bare"]),
-        at_most("losses off the bare loop's", off, 1e-5),
+        at_most(f"first {FIRST} losses off the bare loop's", off, 2 * FIRST * torch.finfo(torch.float32).eps),
     ]
 
 
