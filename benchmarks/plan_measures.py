@@ -13,10 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from shodh.fields import NUM_GIVEN, LatentBatch
-from shodh.model.cost import FULL
 from shodh.model.transformer import LatentTransformer
 from shodh.planning.arrangement import Workload
-from shodh.planning.memory import BUCKET
 from shodh.training.checkpoint import collect_state
 from shodh.training.engine import build_engine, create_expert_group, plain_optimizer, set_learning_rate
 from shodh.training.objectives import ForecastObjective
@@ -54,8 +52,6 @@ def measure(workload: Workload, device: torch.device, num_ranks: int) -> Measure
     activations.clear()
     del routed
     peak = parameters.size + kept.size + profile_peak(lambda: take_step(engine, objective, batch))
-    if workload.engine.zero_stage:
-        peak -= FULL * BUCKET - min(FULL * BUCKET, parameters.size)  # asked for, but never written
     seconds = []
     for _ in range(5):
         started = time.process_time()

@@ -28,6 +28,7 @@ import numpy as np
 from data.journal import parse_share
 from data.simulate.openfwi_families import CELLS, FAMILIES, FamilyName, draw_velocity_map
 from shodh.config import ConfigError, to_plain
+from shodh.disk import sync
 
 MANIFEST, DIGESTS = "manifest.jsonl", "SHA256SUMS"
 GATHER_SHAPE = (5, 1000, CELLS)
@@ -140,11 +141,11 @@ def _write_pair(
         _record_gathers(_temporary(gathers), drawn, config, record, progress)
         digests = {str(path.relative_to(config.folder)): _digest(_temporary(path)) for path in paths}
         for path in paths:
-            _sync(_temporary(path))
+            sync(_temporary(path))
         _append(config.folder, _entry(config, pair), digests)
         for path in (maps, gathers):
             os.replace(_temporary(path), path)
-            _sync(path.parent)
+            sync(path.parent)
 
 
 def _temporary(path: Path) -> Path:
@@ -266,12 +267,6 @@ def _is_torn(path: Path) -> bool:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _require_space(config: GathersConfig, num_missing: int) -> None:

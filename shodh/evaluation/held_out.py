@@ -60,7 +60,9 @@ class TrajectoryResult(NamedTuple):
 
     routing: RoutingCounts
     conservation: list[ConservationSums]  # of decoded forecasts and of decoded true latents
-    errors: dict[str, Tensor]  # mean squares of velocity, see ``_measure_decoded``
+    # Mean squares of velocity one step ahead, in normalised units: of decoded forecasts, of the state before, and of
+    # decoded true latents (``decoded_truth_mse``), below which no forecast can be expected to get.
+    errors: dict[str, Tensor]
     reconstruction: TrajectoryRows
     rollouts: dict[str, Any]
 
@@ -97,10 +99,14 @@ def _evaluate_trajectory(
     decode = _decoder_for(held_out, medium)
     batch = successive_states(trajectory, index)
     forecast = model(batch.given, batch.medium, batch.parameters)
-    predicted = _decode_all(decode, forecast.latent, trajectory.medium)
+    decoded = _decode_all(decode, forecast.latent, trajectory.medium)
+    sums, truth = [sum_conservation(decoded.flux, held_out)], trajectory.velocity
+    guesses = {"decoded_mse": decoded.velocity, "persistence_decoded_mse": truth[NUM_GIVEN - 1 : -1]}
+    errors = _measure_guesses(guesses, truth)
+    del guesses  # one decoded trajectory at a time: at full size two take gigabytes
     decoded = _decode_all(decode, trajectory.latents, trajectory.medium)
-    sums = [sum_conservation(fields.flux, held_out) for fields in (predicted, decoded)]
-    errors = _measure_decoded(predicted.velocity, decoded.velocity, trajectory.velocity)
+    sums.append(sum_conservation(decoded.flux, held_out))
+    errors |= _measure_guesses({"decoded_truth_mse": decoded.velocity[NUM_GIVEN:]}, truth)
     fields = TrueFields(trajectory.velocity, trajectory.pressure, medium)
     return TrajectoryResult(
         routing=count_routing(forecast.routings, batch.domain, num_domains),
@@ -111,19 +117,9 @@ def _evaluate_trajectory(
     )
 
 
-def _measure_decoded(predicted: Tensor, decoded_truth: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Mean square errors of velocity one step ahead, in normalised units.
-
-    ``decoded_mse``: of the decoded forecasts; ``decoded_truth_mse``: of the decoded true latents, below which no
-    forecast can be expected to get; ``persistence_decoded_mse``: of the true state one step earlier, never encoded.
-    """
-    following = truth[NUM_GIVEN:]
-    guesses = {
-        "decoded_mse": predicted,
-        "decoded_truth_mse": decoded_truth[NUM_GIVEN:],
-        "persistence_decoded_mse": truth[NUM_GIVEN - 1 : -1],
-    }
-    return {name: (guess - following).square().mean() for name, guess in guesses.items()}
+def _measure_guesses(guesses: Mapping[str, Tensor], truth: Tensor) -> dict[str, Tensor]:
+    """Mean square over every value of what is guessed of the states after the given ones."""
+    return {name: (guess - truth[NUM_GIVEN:]).square().mean() for name, guess in guesses.items()}
 
 
 def measure_next_latents(held_out: HeldOutDomain, predict: Predict) -> dict[str, float]:

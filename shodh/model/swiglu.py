@@ -59,7 +59,7 @@ def _apply_grouped(rows: Tensor, dispatch: Dispatch, gate_up: Tensor, down: Tens
     output = functional.grouped_mm(functional.silu(gate) * up, down, offs=end)
     if dispatch.weight is not None:
         output = output * dispatch.weight[:, None].to(output.dtype)
-    return output if dispatch.source is None else torch.zeros_like(rows).index_add(0, dispatch.source, output)
+    return _unsort(output, dispatch.source, len(rows))
 
 
 class _Chunk(NamedTuple):
@@ -73,8 +73,8 @@ class _Chunk(NamedTuple):
 class _NetworksByChunk(torch.autograd.Function):
     """``apply_networks`` with its gradient, a chunk of rows at a time.
 
-    Of each network's hidden features this keeps only the products with ``gate_up``, where autograd keeps four arrays as
-    long and passes over memory for each, and it adds up the gradients of ``gate_up`` and ``down`` in place.
+    Of hidden features this keeps the products with ``gate_up``, two numbers for each where autograd keeps four, and
+    does the rest again while it is in the cache; the gradients of ``gate_up`` and ``down`` are added up in place.
     """
 
     @staticmethod

@@ -78,12 +78,15 @@ def restore_state(engine: Any, state: dict[str, Tensor]) -> None:
 def write_checkpoint(folder: Path, step: int, state: dict[str, Tensor], run: dict[str, Any], keep: int = 2) -> Path:
     """Commit ``step-N`` atomically and delete all but the newest ``keep``; returns its path. Call on rank 0 only.
 
+    What writes that were killed have left is deleted first: it may be of a step that never comes again.
+
     Raises CheckpointError when the disk is full; older checkpoints stay as they are.
     """
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for abandoned in folder.glob("step-*.tmp"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         temporary.mkdir()
         save_file(state, temporary / "state.safetensors")
         (temporary / "run.json").write_text(json.dumps({"step": step, **run}, indent=1))
@@ -256,7 +259,8 @@ def _find_slice(state: dict[str, Tensor], key: str, like: Tensor) -> Tensor:
 
 
 def _join_slices(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None:
+    """The whole of which ranks hold slices, in rank 0's group; other groups hold the same and need not join it."""
+    if group is None or dist.get_global_rank(group, 0) != 0:
         return values
     whole = values.new_empty(len(values) * group.size(), *values.shape[1:])
     dist.all_gather_into_tensor(whole, values.contiguous(), group=group)

@@ -28,7 +28,7 @@ ALLOWED = {  # package -> what of our own it may import
     "tokenizer": {
         "shodh.config", "shodh.fields", "shodh.physics", "shodh.tensor_file", "shodh.units", "tokenizer",
     },
-    "data": {"shodh.config", "shodh.fields", "shodh.physics", "shodh.units", "data"},
+    "data": {"shodh.config", "shodh.disk", "shodh.fields", "shodh.physics", "shodh.units", "data"},
 }  # fmt: skip
 
 

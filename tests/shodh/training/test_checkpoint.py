@@ -71,8 +71,10 @@ def test_an_unfinished_write_is_no_checkpoint(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(folder, 40, state(40), RUN)
     monkeypatch.undo()
-    assert find_newest(folder, print) == folder / "step-30"
-    assert write_checkpoint(folder, 40, state(40), RUN) == find_newest(folder, print)
+    assert find_newest(folder, print) == folder / "step-30" and list(folder.glob("step-40.tmp"))
+    # of another step, which after a change of the interval is all that comes: nothing is left lying about
+    assert write_checkpoint(folder, 45, state(45), RUN) == find_newest(folder, print)
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_full_disk_is_one_line_and_older_checkpoints_stay(folder, monkeypatch):
