@@ -26,14 +26,14 @@ def main(arguments: list[str]) -> None:
     from shodh.model.transformer import count_parameters
     from shodh.tensor_file import join_parts, write_tensors
     from shodh.units import format_bytes
-    from tokenizer.export import load_tokenizer, read_tokenizer_part
+    from tokenizer.export import read_tokenizer_part
 
     settings = read_export(source, overrides)
     pretrained = read_newest_model(settings.run)
-    tokenizer = settings.tokenizer or Path(pretrained.description.config["tokenizer"])
-    require_latents(pretrained.description, load_tokenizer(tokenizer), settings.run)
+    tokenizer = read_tokenizer_part(settings.tokenizer or Path(pretrained.description.config["tokenizer"]))
+    require_latents(pretrained.description, tokenizer.metadata["digest"], settings.run)
     model = describe_model(pretrained)
-    write_tensors(out, join_parts({"tokenizer": read_tokenizer_part(tokenizer), "model": model}))
+    write_tensors(out, join_parts({"tokenizer": tokenizer, "model": model}))
     total, active = count_parameters(pretrained.model)
     print(
         f"{out}: {format_bytes(out.stat().st_size)}, model of {total:,} parameters ({active:,} active) after step "

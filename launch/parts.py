@@ -241,7 +241,7 @@ def load_model(source: Path, tokenizer: Tokenizer, device: torch.device) -> Pret
     """The model of an exported file, or the newest of a run folder, ready to predict; ConfigError where it forecasts
     latents of another tokenizer."""
     model, description = from_pretrained(source) if source.is_file() else read_newest_model(source)
-    require_latents(description, tokenizer, source)
+    require_latents(description, tokenizer.digest, source)
     return Pretrained(model.to(device), description)
 
 
@@ -263,9 +263,9 @@ def read_newest_model(run: Path) -> Pretrained:
     return Pretrained(model.eval().requires_grad_(False), description)
 
 
-def require_latents(description: ModelDescription, tokenizer: Tokenizer, source: Path) -> None:
-    """ConfigError unless a model forecasts the latents that the tokenizer makes."""
-    if description.tokenizer_digest != tokenizer.digest:
+def require_latents(description: ModelDescription, tokenizer_digest: str, source: Path) -> None:
+    """ConfigError unless a model forecasts the latents that the tokenizer of that digest makes."""
+    if description.tokenizer_digest != tokenizer_digest:
         raise ConfigError(
             f"model={source}: was trained on another tokenizer's latents. Use that tokenizer, or pretrain again."
         )
