@@ -106,7 +106,7 @@ def list_steps(config: Reproduction, domains: tuple[str, ...]) -> list[Step]:
         step(
             "pretrain",
             [*read, f"run={run}"],
-            lambda: _newest_step(run, "pretrain") >= steps,
+            lambda: _newest_step(run, "pretrain") >= steps and _is_newest_intact(run, "pretrain"),
             lambda: f"step {_newest_step(run, 'pretrain')} of {steps}",
         ),
         step(
@@ -152,6 +152,14 @@ def _newest_step(run: Path, phase: str) -> int:
     """Of the committed checkpoints; 0 where there is none."""
     found = [re.fullmatch(r"step-(\d+)", path.name) for path in (run / "checkpoints" / phase).glob("step-*")]
     return max((int(match[1]) for match in found if match), default=0)
+
+
+def _is_newest_intact(run: Path, phase: str) -> bool:
+    """Whether training would go on from the newest checkpoint, and not from an older one."""
+    from shodh.training.checkpoint import checkpoint_step, find_newest
+
+    newest = find_newest(run / "checkpoints" / phase, lambda message: print(f"warning: {message}", file=sys.stderr))
+    return newest is not None and checkpoint_step(newest) == _newest_step(run, phase)
 
 
 def _evaluated_step(run: Path) -> int | None:

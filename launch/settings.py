@@ -35,7 +35,7 @@ class TokenizerTraining:
     weights: tuple[float, ...] = ()  # how often each domain is drawn; empty: all alike
 
     def __post_init__(self) -> None:
-        require_domains(self.domains)
+        require_domains(self.domains, self.weights)
         require_positive(self, "checkpoint_interval")
         require_whole(self.engine, "a tokenizer has no experts")
 
@@ -77,7 +77,7 @@ class Pretraining:
     weights: tuple[float, ...] = ()  # how often each domain is drawn; empty: all alike
 
     def __post_init__(self) -> None:
-        require_domains(self.domains)
+        require_domains(self.domains, self.weights)
         require_positive(self, "checkpoint_interval", "measure_interval")
         require_solved(self.objective, self.loop)
         if self.model.num_experts % self.engine.expert_parallel:
@@ -204,10 +204,14 @@ def read_export(source: Path, overrides: list[str]) -> ModelExport:
     return ModelExport(run=config.run, tokenizer=config.tokenizer)
 
 
-def require_domains(domains: tuple[str, ...]) -> None:
-    """ValueError unless there is a domain and none twice."""
+def require_domains(domains: tuple[str, ...], weights: tuple[float, ...] = ()) -> None:
+    """ValueError unless there is a domain and none twice, and a weight for each where there is any."""
     if not domains or len(set(domains)) < len(domains):
         raise ValueError(f"domains={list(domains)}: name at least one, and none twice.")
+    if len(weights) not in (0, len(domains)):
+        raise ValueError(
+            f"weights={list(weights)}: there are {len(domains)} domains. Give one for each, or [] for all alike."
+        )
 
 
 def require_solved(objective: ForecastConfig, loop: LoopConfig) -> None:

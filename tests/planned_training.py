@@ -18,6 +18,7 @@ CLUSTER = ClusterConfig(
     memory_bandwidth=3350.0,
     node_bandwidth=450.0,
     network_bandwidth=50.0,
+    host_bandwidth=20.0,
     disk_bandwidth=1.0,
     launch_microseconds=5.0,
     latency_microseconds=20.0,

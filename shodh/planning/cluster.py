@@ -11,6 +11,7 @@ POSITIVE = (
     "memory_bandwidth",
     "node_bandwidth",
     "network_bandwidth",
+    "host_bandwidth",
     "disk_bandwidth",
 )
 
@@ -23,12 +24,13 @@ class ClusterConfig:
     num_nodes: int = 1
     gpus_per_node: int = 1
     memory_gigabytes: float  # of each GPU, or of what each process may take
-    peak_teraflops: float  # of each, dense products in the precision of training: bf16 on CUDA, FP32 on CPU
+    peak_teraflops: float  # of each, dense products in bfloat16
     full_teraflops: float  # of each, products in FP32
     utilisation: float  # share of the peak that large products reach
     memory_bandwidth: float  # of each, gigabytes a second
     node_bandwidth: float  # out of each GPU to others of its node, gigabytes a second
     network_bandwidth: float  # out of each GPU to other nodes
+    host_bandwidth: float  # from each GPU to its node's memory
     disk_bandwidth: float  # of rank 0, gigabytes a second
     launch_microseconds: float  # that starting one operation takes where it is done sooner than the next can start
     latency_microseconds: float  # of an exchange between all ranks of a group, however little it carries

@@ -41,7 +41,7 @@ def forecast(workload: Workload, cluster: ClusterConfig) -> Plan:
     _require_groups(workload, cluster)
     step = forecast_step(workload, cluster)
     size, num_steps = count_checkpoint_bytes(workload), workload.schedule.num_steps
-    copying, writing = _seconds_of_checkpoint(size, cluster)
+    copying, writing = _seconds_of_checkpoint(size, workload, cluster)
     between = workload.checkpoint_interval * step.total
     waiting = copying + max(0.0, writing - between)  # a thread writes it until the next is due
     waited = math.ceil(num_steps / workload.checkpoint_interval) * waiting + min(writing, between)  # all of the last
@@ -84,9 +84,12 @@ def usable_bytes(cluster: ClusterConfig) -> float:
 
 def list_warnings(workload: Workload, cluster: ClusterConfig, plan: Plan) -> Iterator[str]:
     """One line for each thing that will not work or will cost more than it need."""
-    batch_size, num_ranks = workload.engine.batch_size, cluster.num_ranks
-    if batch_size % num_ranks:
-        yield f"engine.batch_size={batch_size}: {num_ranks} ranks do not divide it. Choose a multiple."
+    engine, num_ranks, windows = workload.engine, cluster.num_ranks, workload.objective.windows
+    if engine.batch_size % (num_ranks * windows):
+        yield (
+            f"engine.batch_size={engine.batch_size}: {num_ranks} ranks with windows={windows} do not divide it, and "
+            f"training refuses it. Choose a multiple of {num_ranks * windows}."
+        )
     if not fits(plan, cluster):
         needed, usable = format_bytes(int(plan.memory.total)), format_bytes(int(usable_bytes(cluster)))
         yield f"memory={needed}: of {usable} that can be used. Arrange it as recommended."
@@ -101,6 +104,11 @@ def list_warnings(workload: Workload, cluster: ClusterConfig, plan: Plan) -> Ite
             f"all_to_all={plan.step.all_to_all_share:.0%}: of a step is spent waiting for tokens, which shared experts "
             "do not hide. A larger model.hidden would, or faster links."
         )
+    if cluster.num_nodes > 1 and engine.expert_parallel > cluster.gpus_per_node:
+        yield (
+            f"engine.expert_parallel={engine.expert_parallel}: tokens travel between nodes, {plan.step.hidden:.2g} s "
+            "of a step hidden behind shared experts, which nobody has measured. Try the most within a node too."
+        )
     waiting = plan.checkpoint_waiting / (plan.checkpoint_waiting + workload.checkpoint_interval * plan.step.total)
     if waiting > MOST_WAITING:
         interval = workload.checkpoint_interval
@@ -113,9 +121,15 @@ def rows_per_expert(workload: Workload, cluster: ClusterConfig) -> float:
     return tokens * workload.model.top_k * workload.engine.expert_parallel / workload.model.num_experts
 
 
-def _seconds_of_checkpoint(size: int, cluster: ClusterConfig) -> tuple[float, float]:
-    """To copy one to rank 0's memory, all of it over rank 0's slowest link, and then to write it."""
-    return size / min(cluster.node_bandwidth, cluster.network_bandwidth) / GIGA, size / cluster.disk_bandwidth / GIGA
+def _seconds_of_checkpoint(size: int, workload: Workload, cluster: ClusterConfig) -> tuple[float, float]:
+    """To copy one to the memory of rank 0's node, and then to write it.
+
+    Where ranks hold parts of it, all of it comes over rank 0's slowest link first.
+    """
+    copying = size / cluster.host_bandwidth
+    if cluster.num_ranks > 1 and (workload.engine.zero_stage or workload.engine.expert_parallel > 1):
+        copying += size / (cluster.network_bandwidth if cluster.num_nodes > 1 else cluster.node_bandwidth)
+    return copying / GIGA, size / cluster.disk_bandwidth / GIGA
 
 
 def _require_groups(workload: Workload, cluster: ClusterConfig) -> None:

@@ -57,13 +57,12 @@ class StepTime(NamedTuple):
 def forecast_step(workload: Workload, cluster: ClusterConfig) -> StepTime:
     """Of an arranged workload, on the mean over its steps."""
     named = name_parameters(workload.model)
-    traffic = count_traffic(workload, cluster)
     compute = _seconds_of_compute(workload, cluster, count_by_kind(named))
     travelling, agreeing = _seconds_of_exchange(workload, cluster)
     return StepTime(
         compute,
         _seconds_of_optimizer(workload, cluster, named),
-        traffic.reduction / (_reduction_bandwidth(cluster) * GIGA),
+        _seconds_of_reduction(workload, cluster),
         travelling + agreeing,
         min(travelling, compute * _share_of_shared(workload)),
     )
@@ -107,8 +106,10 @@ def _seconds_of_products(workload: Workload, cluster: ClusterConfig) -> float:
     if workload.model.recompute:
         others += predicted * (operations.blocks - operations.router)
         in_full += predicted * operations.router
+    low = bytes_in_products(workload.engine, cluster) < FULL
+    peak = cluster.peak_teraflops if low else cluster.full_teraflops
     samples = keep_of(workload, cluster, 1).num_samples * workload.engine.accumulation
-    return samples * (others / cluster.peak_teraflops + in_full / cluster.full_teraflops) / cluster.utilisation / TERA
+    return samples * (others / peak + in_full / cluster.full_teraflops) / cluster.utilisation / TERA
 
 
 def _seconds_of_memory(workload: Workload, cluster: ClusterConfig, count: ParameterCount) -> float:
@@ -167,8 +168,16 @@ def _share_of_shared(workload: Workload) -> float:
     return shared / (operations.train(predicted, led) + again * operations.blocks)
 
 
-def _reduction_bandwidth(cluster: ClusterConfig) -> float:
-    """Rings over several nodes use the links of all GPUs of a node, one ring each."""
+def _seconds_of_reduction(workload: Workload, cluster: ClusterConfig) -> float:
+    """Of what all ranks hold, then of experts, between ranks as far apart as their groups are large."""
+    traffic = count_traffic(workload, cluster)
+    members = max(1, cluster.gpus_per_node // workload.engine.expert_parallel)  # on a node, with the same experts
+    everywhere, between = (_ring_bandwidth(cluster, n) * GIGA for n in (cluster.gpus_per_node, members))
+    return traffic.reduction / everywhere + traffic.expert_reduction / between
+
+
+def _ring_bandwidth(cluster: ClusterConfig, members: int) -> float:
+    """Rings over several nodes use the links of all their members on a node, one ring each."""
     if cluster.num_nodes == 1:
         return cluster.node_bandwidth
-    return min(cluster.node_bandwidth, cluster.network_bandwidth * cluster.gpus_per_node)
+    return min(cluster.node_bandwidth, cluster.network_bandwidth * members)

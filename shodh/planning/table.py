@@ -36,6 +36,7 @@ def _describe(plan: Plan, cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     yield "experts shared out over", f"{arrangement.expert_parallel} of {cluster.num_ranks} ranks"
     yield "samples at once, each rank", str(arrangement.micro_batch)
     yield "accumulation", str(arrangement.accumulation)
+    yield "samples of a step", str(arrangement.micro_batch * arrangement.accumulation * cluster.num_ranks)
     yield "blocks recomputed", "yes" if arrangement.recompute else "no"
     for name, size in plan.memory._asdict().items():
         yield f"memory: {name}", format_bytes(int(size))

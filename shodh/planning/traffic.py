@@ -10,7 +10,8 @@ from shodh.planning.cluster import ClusterConfig
 class Traffic(NamedTuple):
     """Bytes that a rank sends in an optimizer step."""
 
-    reduction: float  # of gradients, and of what ZeRO gathers after its step
+    reduction: float  # of gradients that all ranks share, and of what ZeRO gathers after its step
+    expert_reduction: float  # the same of routed experts, between ranks that hold the same
     all_to_all: float  # of tokens to their experts and back
 
 
@@ -35,15 +36,16 @@ def count_traffic(workload: Workload, cluster: ClusterConfig) -> Traffic:
     low = bytes_in_products(engine, cluster) if engine.zero_stage else FULL  # ZeRO sends what autocast multiplies low
     rounds = engine.accumulation if engine.zero_stage == 2 else 1
     replicas = cluster.num_ranks // engine.expert_parallel
-    reduction = 0.0
-    for numbers, size, ranks in (
-        (count.dense, low, cluster.num_ranks),
-        (count.linear, FULL, cluster.num_ranks),
-        (count.routed / engine.expert_parallel, FULL, replicas),
-    ):
-        gathered = FULL if engine.zero_stage else 0
-        reduction += (1 - 1 / ranks) * numbers * (2 * size * rounds + gathered)
-    return Traffic(reduction, engine.accumulation * count_exchanges(workload) * exchange_bytes(workload, cluster))
+    gathered = FULL if engine.zero_stage else 0
+
+    def reduce(numbers: int | float, size: int, ranks: int) -> float:
+        return (1 - 1 / ranks) * numbers * (2 * size * rounds + gathered)
+
+    return Traffic(
+        reduce(count.dense, low, cluster.num_ranks) + reduce(count.linear, FULL, cluster.num_ranks),
+        reduce(count.routed / engine.expert_parallel, FULL, replicas),
+        engine.accumulation * count_exchanges(workload) * exchange_bytes(workload, cluster),
+    )
 
 
 def count_exchanges(workload: Workload) -> float:

@@ -3,12 +3,13 @@
 import atexit
 import gc
 import logging
+import math
 import os
 import socket
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before any group exists: its functions' default arguments would hold the group for good
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from shodh.config import ConfigError
 from shodh.device import find_device, keep_freed_memory
@@ -191,10 +193,13 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
         raise ConfigError(f"engine.batch_size={config.batch_size}: {world} ranks do not divide it. Choose a multiple.")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     low_precision = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    clipping = config.gradient_clipping
+    if config.zero_stage == 0:
+        clipping = clipping or math.inf  # so that DeepSpeed asks for it, and gradients are looked at
     deepspeed_config = {
         "train_micro_batch_size_per_gpu": config.batch_size // world,
         "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.gradient_clipping,
+        "gradient_clipping": clipping,
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(BUCKET, num_parameters)},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": low_precision, "dtype": "bfloat16"},
@@ -210,8 +215,8 @@ def build_engine(model: nn.Module, config: EngineConfig, device: torch.device) -
     with _declared_sparse(model) if slices else nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     _ENGINES.add(engine)
-    if slices and config.zero_stage == 0:
-        engine.clip_fp32_gradients = partial(_clip_gradients, list(model.parameters()), config.gradient_clipping)
+    if config.zero_stage == 0:
+        engine.clip_fp32_gradients = partial(_clip_gradients, engine, clipping)
     _create_moments(engine)
     return engine
 
@@ -256,22 +261,28 @@ def _declared_sparse(model: nn.Module) -> Iterator[None]:
         del model.deepspeed_layer
 
 
-def _clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> None:
+def _clip_gradients(engine: Any, most: float) -> None:
     """Scale gradients so that their norm over all parameters, all slices of experts included, is at most ``most``.
 
-    Without ZeRO, DeepSpeed 0.19.8 takes the mean over ranks of the norms of what each holds, which is another number.
+    Where it is not finite, the step is skipped and counted, as under ZeRO: the optimizer finds no gradients. By itself
+    DeepSpeed 0.19.8 steps with them without ZeRO, and takes the mean over ranks of the norms of what each holds.
     """
-    gradients = [(expert_group_of(p), p.grad) for p in parameters if p.grad is not None]
-    squares: dict[dist.ProcessGroup | None, Tensor] = {}
-    for group, gradient in gradients:
-        square = gradient.float().square().sum()
-        squares[group] = squares[group] + square if group in squares else square
-    for group, square in squares.items():
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    by_group: dict[dist.ProcessGroup | None, list[Tensor]] = {}
+    for parameter in parameters:
+        by_group.setdefault(expert_group_of(parameter), []).append(parameter.grad)
+    squares = []
+    for group, gradients in by_group.items():
+        squares.append(get_total_norm(gradients).square())
         if group is not None:
-            dist.all_reduce(square, group=group)
-    norm = torch.stack(list(squares.values())).sum().sqrt()
-    for _, gradient in gradients:
-        gradient.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+            dist.all_reduce(squares[-1], group=group)
+    norm = torch.stack(squares).sum().sqrt()
+    if norm.isfinite():
+        clip_grads_with_norm_(parameters, most, norm)
+        return
+    engine.skipped_steps += 1
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def plain_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import cpu_environment
 from pieces import run_piece
-from reproduction import Reproduction, Step, list_steps, require_domains, select_results
+from reproduction import SECTIONS, Reproduction, Step, list_steps, require_domains, select_results
 
 from shodh.config import ConfigError, load_config, parse_config
 from shodh.evaluation.published_table import PUBLISHED
@@ -244,17 +244,30 @@ def test_the_newest_checkpoint_that_is_intact_is_exported(tmp_path, capsys):
         select_results(config)
 
 
+def test_a_damaged_last_checkpoint_is_trained_again_before_it_is_evaluated(tmp_path, capsys):
+    config = load_config(Reproduction, CONFIG, folders(tmp_path))
+    checkpoints = config.run / "checkpoints" / "pretrain"
+    *_, pretrain, _ = list_steps(config, DOMAINS)
+    for step in (2, 8):
+        write_checkpoint(checkpoints, step, {"weight": torch.ones(8)}, {"record": {"config": {}}})
+    assert pretrain.is_done()
+    state = checkpoints / "step-8" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert not pretrain.is_done() and "state.safetensors is truncated or altered" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("domains", [DOMAINS, (*DOMAINS, "fwi")], ids=["without deepwave", "with deepwave"])
 @pytest.mark.parametrize("size", ["debug", "base"])
-def test_every_config_on_the_way_is_there_and_loads(size, tmp_path):
+def test_every_config_on_the_way_is_there_and_loads(size, domains, tmp_path):
     from generate_data import GenerateConfig, _load_simulator
     from settings import CONFIGS
 
     config = load_config(Reproduction, ROOT / "configs" / "reproduce" / f"{size}.yaml", folders(tmp_path))
-    data, *others = list_steps(config, (*DOMAINS, "fwi"))
+    data, *others = list_steps(config, domains)
     for step in others:
         load_config(CONFIGS[step.name], ROOT / step.command[1], step.command[2:])
     simulated = load_config(GenerateConfig, ROOT / data.command[1], data.command[2:])
-    for section in ("open_channel", "porous_media", "acoustics"):
+    for section in (SECTIONS.get(name, name) for name in domains):
         simulator, config_class = _load_simulator(section)
         physics = parse_config(config_class, getattr(simulated, section), source=section)
         assert simulator.forecast(physics).on_cuda().cuda_bytes < 40e9 and simulated.device == "auto"

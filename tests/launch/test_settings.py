@@ -67,3 +67,16 @@ def test_a_run_is_not_continued_with_another_optimizer_or_precision(tmp_path, si
 def test_what_only_changes_the_cost_of_training_does_not_change_a_run_s_identity():
     assert identity_of(load("autoencoder.recompute=true")) == identity_of(load())
     assert identity_of(load("engine.threads_per_rank=2")) == identity_of(load())
+
+
+@pytest.mark.parametrize(
+    ("weights", "accepted"), [("[]", True), ("[1, 2]", True), ("[1, 2, 1]", False), ("[1]", False)]
+)
+def test_weights_are_one_for_each_domain_or_none(weights, accepted):
+    choices = ["domains=[open_channel, porous_media]", f"weights={weights}"]
+    if accepted:
+        load(*choices)
+        return
+    with pytest.raises(ConfigError, match="there are 2 domains. Give one for each") as caught:
+        load(*choices)
+    assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from shodh.planning.plan import count_checkpoint_bytes, forecast, list_warnings
 from shodh.planning.step_time import count_drawn, forecast_step, step_operations
 from shodh.planning.traffic import count_passes, count_traffic
 from shodh.training.engine import BUCKET
+from shodh.training.objectives import ForecastConfig
 from shodh.training.optimizers import build_optimizer, create_moments
 
 
@@ -97,9 +98,28 @@ def test_gradients_of_experts_travel_between_the_ranks_that_hold_the_same_ones()
     everywhere = 2 * (1 - 1 / 8) * 4 * (count.dense + count.linear)
     for size, share in ((1, 2 * (1 - 1 / 8)), (2, 2 * (1 - 1 / 4) / 2), (8, 0)):
         traffic = count_traffic(make_workload(expert_parallel=size), CLUSTER)
-        assert traffic.reduction == pytest.approx(everywhere + share * 4 * count.routed)
+        assert traffic.reduction == pytest.approx(everywhere)
+        assert traffic.expert_reduction == pytest.approx(share * 4 * count.routed)
     once, thrice = (count_traffic(make_workload(zero_stage=2, accumulation=n), CLUSTER).reduction for n in (1, 3))
     assert 2 * once < thrice < 3 * once  # ZeRO 2 reduces every time, and gathers once
+
+
+@pytest.mark.parametrize(("size", "members"), [(1, 4), (2, 2), (4, 1)])
+def test_ranks_with_the_same_experts_reduce_over_the_links_of_those_of_them_on_a_node(size, members):
+    workload, narrow = make_workload(expert_parallel=size), replace(CLUSTER, network_bandwidth=1.0)
+    traffic = count_traffic(workload, narrow)
+    by_hand = traffic.reduction / 4e9 + traffic.expert_reduction / (members * 1e9)
+    assert forecast_step(workload, narrow).reduction == pytest.approx(by_hand)
+    alone = replace(narrow, num_nodes=1)
+    traffic = count_traffic(workload, alone)
+    assert forecast_step(workload, alone).reduction == pytest.approx(sum(traffic[:2]) / 450e9)
+
+
+def test_products_in_full_precision_take_as_long_as_that_takes():
+    slow = replace(CLUSTER, memory_bandwidth=1e9, launch_microseconds=0.0)
+    low, full = (forecast_step(make_workload(precision=name), slow).compute for name in ("bf16", "fp32"))
+    assert full > 2 * low  # routers and linear experts are in full precision in either
+    assert full == pytest.approx(step_operations(make_workload(), slow) / 67e12 / 0.5, rel=0.01)
 
 
 def test_tokens_that_leave_the_node_wait_for_its_slower_link():
@@ -161,7 +181,7 @@ def test_a_plan_adds_up():
     workload = make_workload(zero_stage=1, expert_parallel=4)
     plan = forecast(workload, CLUSTER)
     size = count_checkpoint_bytes(workload)
-    copying, writing = size / 50e9, size / 1e9  # to rank 0 over its link to other nodes, then to disk
+    copying, writing = size / 50e9 + size / 20e9, size / 1e9  # to rank 0 from other nodes, to its host, to disk
     assert writing < 10 * plan.step.total  # so that only the last of ten checkpoints is waited for
     assert plan.checkpoint_seconds == pytest.approx(copying + writing)
     assert plan.checkpoint_waiting == pytest.approx(copying)
@@ -177,17 +197,32 @@ def test_training_waits_for_what_a_slow_disk_has_not_written_when_the_next_check
     plan, size = forecast(workload, slow), count_checkpoint_bytes(workload)
     late = size / 0.01e9 - 10 * plan.step.total
     assert late > 0
-    assert plan.hours == pytest.approx((100 * plan.step.total + 10 * size / 50e9 + 9 * late + size / 0.01e9) / 3600)
-    assert plan.checkpoint_waiting == pytest.approx(size / 50e9 + late)
+    assert plan.hours == pytest.approx((100 * plan.step.total + 10 * size / 20e9 + 9 * late + size / 0.01e9) / 3600)
+    assert plan.checkpoint_waiting == pytest.approx(size / 20e9 + late)
+
+
+def test_a_checkpoint_comes_over_the_links_of_the_ranks_that_hold_its_parts():
+    def copying(cluster, **engine):
+        return forecast(make_workload(**engine), cluster).checkpoint_waiting
+
+    node, gpu = replace(CLUSTER, num_nodes=1), replace(CLUSTER, num_nodes=1, gpus_per_node=1)
+    to_host = count_checkpoint_bytes(make_workload()) / 20e9
+    assert copying(CLUSTER) == copying(gpu) == copying(gpu, zero_stage=1) == pytest.approx(to_host)
+    for choice in ({"zero_stage": 1}, {"expert_parallel": 2}):
+        assert copying(CLUSTER, **choice) == pytest.approx(to_host * (1 + 20 / 50))
+        assert copying(node, **choice) == pytest.approx(to_host * (1 + 20 / 450))
 
 
 def test_what_will_cost_more_than_it_need_is_named():
     def warnings_of(workload, cluster=CLUSTER):
         return "\n".join(list_warnings(workload, cluster, forecast(workload, cluster)))
 
-    assert "engine.batch_size=60: 8 ranks do not divide it. Choose a multiple." in warnings_of(
-        make_workload(batch_size=60)
-    )
+    refused = "engine.batch_size={}: 8 ranks with windows={} do not divide it, and training refuses it. Choose a "
+    assert refused.format(60, 1) + "multiple of 8." in warnings_of(make_workload(batch_size=60))
+    pairs = replace(make_workload(batch_size=8), objective=ForecastConfig(windows=2))
+    assert refused.format(8, 2) + "multiple of 16." in warnings_of(pairs)
+    assert "tokens travel between nodes" in warnings_of(make_workload(expert_parallel=8))
+    assert "tokens travel" not in warnings_of(make_workload(expert_parallel=4))
     assert "rows=64: each expert gets fewer than 512 at once" in warnings_of(make_workload(batch_size=8))
     assert "fewer than 512" not in warnings_of(make_workload(batch_size=64))
     slow = replace(CLUSTER, node_bandwidth=0.1, network_bandwidth=0.1)

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cpu_environment, deepspeed_command
+from torch import nn
 
-from shodh.training.engine import EngineConfig, distributed
+from shodh.training.engine import EngineConfig, build_engine, distributed, set_learning_rate
 
 
 def run_ranks(num_ranks: int, folder: Path) -> str:
@@ -105,6 +107,25 @@ def test_muon_is_refused_where_zero_flattens_the_matrices(stage):
     with pytest.raises(ValueError, match=f"zero_stage={stage}: .*optimizer=muon.* Set zero_stage=0") as caught:
         EngineConfig(batch_size=1, optimizer="muon", zero_stage=stage)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch itself, which ZeRO imports
+@pytest.mark.parametrize(("stage", "clipping"), [(0, 1.0), (0, 0.0), (1, 1.0), (2, 0.0)])
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(stage, clipping):
+    config = EngineConfig(batch_size=4, zero_stage=stage, gradient_clipping=clipping)
+    with distributed(threads_per_rank=1) as group:
+        model = nn.Linear(4, 4)
+        engine = build_engine(model, config, group.device)
+        set_learning_rate(engine, 0.1)
+
+        def step(factor: float) -> torch.Tensor:
+            engine.backward((engine(torch.ones(4, 4)) * factor).sum())
+            engine.step()
+            return model.weight.detach().clone()
+
+        before = step(1.0)
+        assert torch.equal(step(float("nan")), before) and engine.skipped_steps == 1
+        assert not torch.equal(step(1.0), before) and engine.skipped_steps == 1
 
 
 @pytest.mark.parametrize("key", ["batch_size", "accumulation"])
